@@ -1,0 +1,74 @@
+"""Differentiable audio front ends: from batches of waveforms to spectrograms."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+SAMPLE_RATE = 16_000  # Hz, of every model of ours
+
+
+def hertz_to_mel(frequency: Tensor | float) -> Tensor:
+    """The mel scale as HTK and Kaldi have it: 1127 ln(1 + f / 700)."""
+    return 1127.0 * torch.log1p(torch.as_tensor(frequency, dtype=torch.float64) / 700.0)
+
+
+def mel_to_hertz(mel: Tensor) -> Tensor:
+    """Inverse of `hertz_to_mel`."""
+    return 700.0 * torch.expm1(mel / 1127.0)
+
+
+def mel_filters(bins: int, mels: int, sample_rate: int, low: float, high: float) -> Float[Tensor, "bin mel"]:
+    """Triangles that are `mels` steps of equal mel apart, peak 1, over the `bins` frequencies 0 .. sample_rate / 2."""
+    if not 0 <= low < high <= sample_rate / 2:
+        raise ValueError(
+            f"`low` and `high` must satisfy 0 <= low < high <= {sample_rate / 2:g} Hz, got {low} and {high}"
+        )
+    edges = mel_to_hertz(
+        torch.linspace(float(hertz_to_mel(low)), float(hertz_to_mel(high)), mels + 2, dtype=torch.float64)
+    )
+    frequencies = torch.linspace(0, sample_rate / 2, bins, dtype=torch.float64)[:, None]
+    rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - frequencies) / (edges[2:] - edges[1:-1])
+    return torch.minimum(rising, falling).clamp(min=0).float()
+
+
+class LogMel(nn.Module):
+    """Log-mel spectrogram of a batch of waveforms, [batch, time] -> [batch, 1, frame, mel].
+
+    Power spectrum of Hann windows (`window` and `hop` in samples, no padding at the ends), mel triangles from `low` to
+    `high` Hz, then `(log(power + floor) - shift) / scale`. The floor is added, not clipped to, so that silence has a
+    gradient; with samples in [-1, 1] and the default floor it lies about 70 dB below a full-scale tone of one bin.
+    """
+
+    def __init__(
+        self,
+        *,
+        window: int = 512,
+        hop: int = 256,
+        mels: int = 64,
+        sample_rate: int = SAMPLE_RATE,
+        low: float = 50.0,
+        high: float = 8000.0,
+        floor: float = 1e-3,
+        shift: float = 0.0,
+        scale: float = 4.0,
+    ) -> None:
+        super().__init__()
+        if not 0 < hop <= window:
+            raise ValueError(f"`hop` must lie in 1..window, got hop={hop} and window={window}")
+        if not (floor > 0 and math.isfinite(floor) and scale != 0):
+            raise ValueError(f"`floor` must be positive and `scale` not zero, got floor={floor} and scale={scale}")
+        self.window, self.hop, self.floor, self.shift, self.scale = window, hop, floor, shift, scale
+        self.hann: Tensor
+        self.filters: Tensor
+        self.register_buffer("hann", torch.hann_window(window), persistent=False)
+        self.register_buffer("filters", mel_filters(window // 2 + 1, mels, sample_rate, low, high), persistent=False)
+
+    def forward(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch 1 frame mel"]:
+        if waveform.shape[-1] < self.window:
+            raise ValueError(f"a waveform needs at least {self.window} samples for one frame, got {waveform.shape[-1]}")
+        spectrum = torch.fft.rfft(waveform.unfold(-1, self.window, self.hop) * self.hann)
+        power = (spectrum * spectrum.conj()).real
+        return ((torch.log(power @ self.filters + self.floor) - self.shift) / self.scale)[:, None]

@@ -1,0 +1,1 @@
+"""Data: what an evaluation reads."""

@@ -1,0 +1,15 @@
+"""Random generators derived from what is being drawn for, so that a draw depends on nothing else."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+
+
+def draws_for(seed: int, samples: Iterable[str], *purpose: str) -> list[torch.Generator]:
+    """One CPU generator a sample, fixed by (seed, sample id, purpose): the same in any batch, order or shard."""
+    generators = []
+    for sample in samples:
+        key = hashlib.sha256("\x1f".join([str(seed), sample, *purpose]).encode()).digest()
+        generators.append(torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True)))
+    return generators

@@ -1,0 +1,184 @@
+"""Goals: losses worked out by hand, verdicts by their rules, and label kinds that are checked, never guessed."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from robustav.classifier import Trace
+from robustav.goals import (
+    GOALS,
+    Hide,
+    Inject,
+    PushLatent,
+    Targeted,
+    Untargeted,
+    bce,
+    cross_entropy,
+    margin,
+    parse_goal,
+    ranking_margin,
+)
+
+NAMES = ("bell", "clap", "kick")
+LOGITS = torch.tensor([[2.0, -1, 0], [-3, -2, -1]])
+HOT = torch.tensor([[1.0, 0, 0], [0, 1, 1]])
+
+
+def trace(logits, latent=None):
+    return Trace({}, logits if latent is None else latent, logits)
+
+
+def test_losses_by_hand():
+    def softplus(x):
+        return math.log1p(math.exp(x))
+
+    expected = [softplus(-2) + softplus(-1) + softplus(0), softplus(-3) + softplus(2) + softplus(1)]
+    torch.testing.assert_close(bce(LOGITS, HOT), torch.tensor(expected))
+    torch.testing.assert_close(ranking_margin(LOGITS, HOT), torch.tensor([-2.0, -1.0]))
+    total = math.exp(2) + math.exp(-1) + 1
+    torch.testing.assert_close(cross_entropy(LOGITS[:1], torch.tensor([1])), torch.tensor([1 + math.log(total)]))
+    torch.testing.assert_close(margin(LOGITS, torch.tensor([0, 0])), torch.tensor([-2.0, 2.0]))
+
+
+def test_ranking_margin_without_and_with_only_positives():
+    labels = torch.tensor([[0.0, 0, 0], [1, 1, 1]])
+    assert ranking_margin(LOGITS, labels).tolist() == [2.0, 3.0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**31), classes=st.integers(2, 8))
+def test_the_ranking_margin_tells_whether_a_label_is_outranked(seed, classes):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(5, classes, generator=generator)
+    labels = (torch.rand(5, classes, generator=generator) < 0.5).float()
+    for value, row, hot in zip(ranking_margin(logits, labels), logits, labels, strict=True):
+        if 0 < hot.sum() < classes:
+            outranked = max(row[hot == 0]) > min(row[hot == 1])
+            assert bool(value > 0) == bool(outranked)
+
+
+def test_a_lost_top1_hit():
+    goal = Untargeted()
+    assert goal.reached(trace(LOGITS), HOT).tolist() == [False, False]
+    assert goal.reached(trace(-LOGITS), HOT).tolist() == [True, True]
+    assert Untargeted("multiclass").reached(trace(LOGITS), torch.tensor([0, 0])).tolist() == [False, True]
+
+
+def test_label_set_changed_compares_with_the_clean_prediction():
+    goal = Untargeted(success="label-set").given(trace(LOGITS))
+    moved = LOGITS.clone()
+    moved[0, 1] = 0.5
+    assert goal.reached(trace(LOGITS), HOT).tolist() == [False, False]
+    assert goal.reached(trace(moved), HOT).tolist() == [True, False]
+    with pytest.raises(ValueError, match="compares with the clean prediction"):
+        Untargeted(success="label-set").reached(trace(LOGITS), HOT)
+
+
+def test_misclassified_compares_with_the_labels_at_the_threshold():
+    assert Untargeted(success="misclassified").reached(trace(LOGITS), HOT).tolist() == [True, True]
+    strict = Untargeted(success="misclassified", threshold=0.6)
+    assert strict.reached(trace(LOGITS), HOT).tolist() == [False, True]  # sigmoid(0) = 0.5 no longer counts
+    multiclass = Untargeted("multiclass", success="misclassified")
+    assert multiclass.reached(trace(LOGITS), torch.tensor([0, 1])).tolist() == [False, True]
+
+
+def test_hide_and_inject():
+    hide, inject = Hide(chosen=(0, 1)), Inject(chosen=(0, 2))
+    assert hide.reached(trace(LOGITS), HOT).tolist() == [False, True]
+    assert inject.reached(trace(LOGITS), HOT).tolist() == [True, False]
+    for goal, sign in ((hide, -1), (inject, 1)):
+        x = LOGITS.clone().requires_grad_()
+        goal.loss(trace(x), HOT).sum().backward()
+        assert (x.grad[:, list(goal.chosen)] * sign > 0).all()
+        assert not x.grad[:, [c for c in range(3) if c not in goal.chosen]].any()
+
+
+def test_targeted():
+    goal = Targeted("multiclass", target=2)
+    assert goal.reached(trace(LOGITS), torch.tensor([0, 0])).tolist() == [False, True]
+    torch.testing.assert_close(goal.loss(trace(LOGITS), torch.tensor([0, 0])), torch.tensor([-2.0, 1.0]))
+
+
+def test_pushing_the_latent_is_a_distance_with_a_gradient_at_the_clean_point():
+    latent = torch.tensor([[3.0, 4.0]])
+    goal = PushLatent().given(trace(torch.zeros(1, 3), latent))
+    z = latent.clone().requires_grad_()
+    loss = goal.loss(trace(torch.zeros(1, 3), z), HOT[:1])
+    assert loss.item() == pytest.approx(0.05)
+    loss.sum().backward()
+    assert z.grad.norm() == pytest.approx(1)
+    with pytest.raises(ValueError, match="needs the clean latent"):
+        PushLatent().loss(trace(LOGITS), HOT)
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "error", "message"),
+    [
+        (
+            "multilabel",
+            torch.tensor([0, 1]),
+            ValueError,
+            r"must be floats \[batch, 3\], got torch.int64 \[2\]: declare",
+        ),
+        ("multilabel", HOT.long(), ValueError, "must be floats"),
+        ("multilabel", HOT * 0.5, ValueError, "must be zeros and ones"),
+        ("multilabel", torch.ones(2, 4), ValueError, r"got torch.float32 \[2, 4\]"),
+        ("multiclass", HOT, ValueError, r"must be class indices \[batch\], got torch.float32 \[2, 3\]: declare"),
+        ("multiclass", torch.tensor([0, 3]), ValueError, r"must lie in 0..2, got 0..3"),
+    ],
+)
+def test_the_wrong_kind_of_labels_is_an_error(kind, labels, error, message):
+    """V4: multi-hot labels must not pass silently into a cross-entropy."""
+    with pytest.raises(error, match=message):
+        Untargeted(kind).check(labels, 3)
+
+
+def test_the_right_kind_passes():
+    Untargeted("multilabel").check(HOT, 3)
+    Untargeted("multiclass").check(torch.tensor([0, 2]), 3)
+
+
+def test_goals_as_people_write_them():
+    assert parse_goal("untargeted", NAMES, "multilabel") == Untargeted("multilabel", loss_name="bce")
+    assert parse_goal("untargeted", NAMES, "multiclass").loss_name == "ce"
+    assert parse_goal("hide:bell,Kick", NAMES, "multilabel").chosen == (0, 2)
+    assert parse_goal("inject:1", NAMES, "multilabel").chosen == (1,)
+    assert parse_goal("targeted:clap", NAMES, "multiclass").target == 1
+    assert parse_goal("push-latent", NAMES, "multilabel", success="label-set").success == "label-set"
+    comma = ("Speech", "Male speech, man speaking")
+    assert parse_goal("hide:Male speech, man speaking", comma, "multilabel").chosen == (1,)
+    assert set(GOALS) == {"untargeted", "targeted", "hide", "inject", "push-latent"}
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "message"),
+    [
+        ("wreck", {}, "`goal` must be one of .*, got 'wreck'"),
+        ("hide", {}, "goal 'hide' needs a class, as in 'hide:bell'"),
+        ("hide:gong", {}, "no class 'gong'; the model has bell, clap, kick"),
+        ("targeted:bell,clap", {}, "takes one class, got 'bell,clap'"),
+        ("untargeted:bell", {}, "takes no classes, got 'bell'"),
+        ("untargeted", {"loss": "ce"}, r"`loss_name` must be one of \['bce', 'ranking'\], got 'ce'"),
+        ("untargeted", {"success": "luck"}, "`success` must be one of .*, got 'luck'"),
+        ("hide:bell", {"loss": "bce"}, "goal 'hide' has its own loss: leave 'bce' out"),
+        ("untargeted", {"threshold": 1.5}, "`threshold` must be a probability between 0 and 1, got 1.5"),
+    ],
+)
+def test_goals_that_are_none(text, settings, message):
+    with pytest.raises(ValueError, match=message):
+        parse_goal(text, NAMES, "multilabel", **settings)
+
+
+def test_hiding_is_for_several_labels():
+    with pytest.raises(ValueError, match="Hide needs a multilabel model"):
+        parse_goal("hide:bell", NAMES, "multiclass")
+
+
+@pytest.mark.parametrize(
+    "goal", [Untargeted(), Targeted(target=1), Hide(chosen=(0,)), Inject(chosen=(1, 2)), PushLatent()], ids=repr
+)
+def test_every_goal_says_what_success_is(goal):
+    assert "success" in goal.words(NAMES) or "predicted" in goal.words(NAMES)
