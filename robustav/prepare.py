@@ -1,0 +1,128 @@
+"""The model as an attack sees it: a frozen, faster copy that holds what it need not compute again, and counts."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from robustav.classifier import Classifier, Inputs
+
+log = logging.getLogger(__name__)
+
+AGREEMENT = 1e-3  # largest difference from the untouched model's logits, relative to the largest logit
+
+
+def prepare(model: Classifier, sample: Inputs) -> Classifier:
+    """A frozen copy in eval mode with batch norms folded into convolutions and channels-last weights.
+
+    The arithmetic is the same but for rounding; that is checked on `sample`, and where it does not hold (or the model
+    cannot be copied) an unchanged frozen copy (or the model itself) is returned. Verdicts must come from `model`.
+    """
+    try:
+        plain = copy.deepcopy(model).requires_grad_(False).eval()
+    except Exception as error:  # a user's module may hold anything, and none of it concerns the evaluation
+        log.warning("the model cannot be copied (%s): attacking it as it is, without folding", error)
+        return model
+    quick = copy.deepcopy(plain)
+    fold_batch_norms(quick)
+    quick = quick.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with torch.no_grad():
+        expected, got = plain(sample), quick(sample)
+    if expected.shape == got.shape and (got - expected).abs().max() <= AGREEMENT * expected.abs().max():
+        return quick
+    log.warning("folding batch norms changes the model's scores: attacking it unfolded")
+    return plain
+
+
+def fold_batch_norms(module: nn.Module) -> None:
+    """Fold each batch norm that directly follows a convolution inside an `nn.Sequential`, where order is data flow."""
+    for child in module.children():
+        fold_batch_norms(child)
+    if isinstance(module, nn.Sequential):
+        for name, following in zip(list(module._modules), list(module._modules)[1:], strict=False):
+            convolution, norm = module._modules[name], module._modules[following]
+            pairs = ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))
+            if any(type(convolution) is c and type(norm) is n and norm.track_running_stats for c, n in pairs):
+                module._modules[name] = fuse_conv_bn_eval(convolution, norm)  # type: ignore[type-var, arg-type]
+                module._modules[following] = nn.Identity()
+
+
+@contextmanager
+def quick_products() -> Iterator[None]:
+    """Let float32 matrix products take the CPU's faster kernels where those are as exact."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium" if medium_is_exact() else before)
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@cache
+def medium_is_exact() -> bool:
+    """Whether torch's "medium" precision still computes in float32 on this CPU.
+
+    On some it selects a float32 kernel twice as fast as the default, on others it rounds to bfloat16. Decided by error
+    alone, not by time, so that the same machine always decides alike.
+    """
+    before = torch.get_float32_matmul_precision()
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    exact = left.double() @ right.double()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        return bool(((left @ right).double() - exact).norm() / exact.norm() < 1e-6)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class AttackView(Classifier):
+    """A classifier of the attacked modalities alone; the others' features were encoded once and are held.
+
+    Counts what passes through it: `forwards`, `backwards`, and for each sample the share of gradients that were zero
+    in some attacked modality.
+    """
+
+    def __init__(self, model: Classifier, attacked: tuple[str, ...], held: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.model, self.held = model, held
+        self.specs = {m: model.specs[m] for m in attacked}
+        self.classes, self.label_kind = model.classes, model.label_kind
+        self.forwards = 0
+        self.backwards = 0
+        self._moved: dict[str, Tensor | int] = dict.fromkeys(attacked, 0)
+
+    def front_end(self, modality: str, raw: Tensor) -> Tensor:
+        if raw.requires_grad:
+            raw.register_hook(lambda gradient: self._note(modality, gradient))
+        return self.model.front_end(modality, raw)
+
+    def encode(self, modality: str, x: Tensor) -> Tensor:
+        return self.model.encode(modality, x)
+
+    def fuse(self, features: dict[str, Tensor]) -> Tensor:
+        self.forwards += 1
+        return self.model.fuse({**self.held, **features})
+
+    def classify(self, latent: Tensor) -> Tensor:
+        logits = self.model.classify(latent)
+        if logits.requires_grad:
+            logits.register_hook(self._count_backward)
+        return logits
+
+    def zero_gradients(self, batch: int) -> Tensor:
+        """Share of backward passes in which a sample's gradient was exactly zero in an attacked modality, [batch]."""
+        # Counted from the passes that did arrive: where a branch is cut off, nothing arrives at all.
+        fewest = torch.stack([torch.as_tensor(count).cpu().expand(batch) for count in self._moved.values()]).amin(0)
+        return (self.backwards - fewest) / max(self.backwards, 1)
+
+    def _note(self, modality: str, gradient: Tensor) -> None:
+        self._moved[modality] = self._moved[modality] + (gradient.flatten(1).abs().amax(1) > 0).int()
+
+    def _count_backward(self, _: Tensor) -> None:
+        self.backwards += 1
