@@ -1,0 +1,47 @@
+"""Data by name or path, cut to what a model reads."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from robustav.classifier import Classifier
+from robustav.data.av_events import SPLITS, AvEvents
+from robustav.data.manifest import Clips, read_manifest
+from robustav.data.samples import Samples
+
+DATA: dict[str, str] = {
+    "av-events": "synthetic audio-visual scenes, 10 classes, multi-label; generated on first use, no download",
+}
+QUICK_LOOK = 300  # clips of av-events unless a limit is given: half-width of a Wilson interval at most 5.7 points
+
+Progress = Callable[[str, int, int], None]  # description, done, total
+
+
+def load_samples(source: str | None, model: Classifier, progress: Progress | None = None) -> tuple[Samples, int | None]:
+    """The clips that `source` names, and how many of them a first look takes (None: all).
+
+    `source` is `av-events` (or `av-events/train`, `/validation`), a manifest (CSV or JSON lines), a folder of clips or
+    one clip; None is av-events, for models that were made for it. Raises `ValueError` naming what would have fitted.
+    """
+    name, _, split = (source or "av-events").partition("/")
+    path = Path(source or "")
+    if source is None or (name in DATA and not path.exists()):
+        if split and split not in SPLITS:
+            raise ValueError(f"av-events has the splits {', '.join(SPLITS)}, got {split!r}")
+        samples = AvEvents(split or "test", progress=progress)
+        if samples.classes != tuple(model.classes):
+            raise ValueError(
+                f"this model has {len(model.classes)} classes ({', '.join(model.classes[:3])} ...), not those of av-events: "
+                "name its data with --data MANIFEST"
+            )
+        for modality, spec in model.specs.items():
+            if modality not in samples.specs or samples.specs[modality].shape != spec.shape:
+                raise ValueError(
+                    f"this model reads {modality} of shape {list(spec.shape)}, which av-events does not have: "
+                    "name its data with --data MANIFEST"
+                )
+        return samples, QUICK_LOOK
+    if not path.exists():
+        raise ValueError(
+            f"no data {source!r}: give {', '.join(DATA)}, a manifest (CSV or JSON lines), a folder or a clip"
+        )
+    return Clips(read_manifest(path), model.specs, model.classes, model.label_kind, name=path.name), None
