@@ -56,8 +56,8 @@ class LogMel(nn.Module):
         scale: float = 4.0,
     ) -> None:
         super().__init__()
-        if not 0 < hop <= window:
-            raise ValueError(f"`hop` must lie in 1..window, got hop={hop} and window={window}")
+        if window % 2 or not 0 < hop <= window:
+            raise ValueError(f"`window` must be even and `hop` lie in 1..window, got window={window} and hop={hop}")
         if not (floor > 0 and math.isfinite(floor) and scale != 0):
             raise ValueError(f"`floor` must be positive and `scale` not zero, got floor={floor} and scale={scale}")
         self.window, self.hop, self.floor, self.shift, self.scale = window, hop, floor, shift, scale

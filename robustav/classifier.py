@@ -216,7 +216,7 @@ class Wrapped(Classifier):
         self.specs, self.classes, self.label_kind = dict(specs), tuple(classes), label_kind
         names = [name for name, _ in network.named_modules() if name]
         if latent is not None and latent not in names:
-            raise ValueError(f"`latent` must name a module of the network, got {latent!r}; it has {names[:20]}")
+            raise ValueError(f"`latent` must name a module of the network, got {latent!r}; its last are {names[-20:]}")
 
     def encode(self, modality: str, x: Tensor) -> Tensor:
         return x
@@ -224,19 +224,21 @@ class Wrapped(Classifier):
     def fuse(self, features: dict[str, Tensor]) -> Tensor:
         if self.head_name is None:
             return self.call(self.network, features)
-        caught: list[Tensor] = []
+        caught: list[tuple[Tensor, Tensor]] = []
         head = self.network.get_submodule(self.head_name)
-        handle = head.register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0]))
+        handle = head.register_forward_hook(lambda _, arguments, output: caught.append((arguments[0], output)))
         try:
-            self.call(self.network, features)
+            logits = self.call(self.network, features)
         finally:
             handle.remove()
-        if len(caught) != 1 or caught[0].ndim != 2:
+        latent, output = caught[0] if len(caught) == 1 else (logits, None)
+        if output is None or latent.ndim != 2 or output.shape != logits.shape or not torch.equal(output, logits):
             raise ValueError(
-                f"`latent` must name a module that is called once with a [batch, dim] tensor, got {self.head_name!r}, "
-                f"called {len(caught)} times" + (f" with shape {list(caught[0].shape)}" if caught else "")
+                f"`latent` must name the last module, called once with [batch, dim] and returning the logits, got "
+                f"{self.head_name!r}, called {len(caught)} times"
+                + (f" with {list(latent.shape)} and returning {list(output.shape)}" if output is not None else "")
             )
-        return caught[0]
+        return latent
 
     def classify(self, latent: Tensor) -> Tensor:
         return latent if self.head_name is None else self.network.get_submodule(self.head_name)(latent)

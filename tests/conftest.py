@@ -9,7 +9,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 from jaxtyping import install_import_hook
 
 CHECKED = ["audio", "classifier", "norms", "goals", "threat", "attacks", "audit", "prepare", "models.small", "metrics"]
-install_import_hook([f"robustav.{name}" for name in CHECKED], "beartype.beartype")
+install_import_hook([f"robustav.{name}" for name in CHECKED], "typecheck.checked")
 
 import importlib.util  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
@@ -32,6 +32,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no CUDA GPU on this machine")
     for marker in item.iter_markers("extra"):
         if importlib.util.find_spec(marker.args[0]) is None:
+            if os.environ.get("ROBUSTAV_REQUIRE_EXTRAS"):
+                pytest.fail(f"the extra {marker.args[0]} must be installed here")
             pytest.skip(f"the extra {marker.args[0]} is not installed; CI's second lane runs it")
 
 
@@ -51,12 +53,20 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     del os.environ["ROBUSTAV_CACHE"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """Reference material beside the checkout; CI has it, a user does not."""
     if not SHARED.is_dir():
+        if os.environ.get("ROBUSTAV_REQUIRE_SHARED"):
+            pytest.fail("the folder `shared` must be beside the checkout here")
         pytest.skip("the folder `shared` with reference clips is not beside this checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def clips_folder(shared: Path) -> Path:
+    """Real recordings: two videos and a waveform."""
+    return shared / "clips"
 
 
 class Linear(Classifier):

@@ -14,16 +14,8 @@ import torch
 from robustav.data.clips import NoTrackError, read_audio, read_frame_folder, read_frames
 from robustav.data.samples import SkippedError
 
-CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
 SMALL, LARGE, SOUND = "00W1lcxW-WU_40.000.mp4", "KlsG1EnBEjc_000361.mp4", "BfvyPmVMo_20.000.wav"
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (128, 128, 128)}
-
-
-@pytest.fixture(scope="module")
-def clips_folder() -> Path:
-    if not CLIPS.is_dir():
-        pytest.skip(f"no real clips at {CLIPS}")
-    return CLIPS
 
 
 def sine(hertz: float, seconds: float, rate: int, amplitude: float = 0.5) -> np.ndarray:

@@ -17,16 +17,8 @@ from robustav.classifier import InputSpec, frames, waveform
 from robustav.data.manifest import Clips, Entry, read_manifest
 from robustav.data.samples import SkippedError
 
-CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
 BOTH = {"audio": waveform(1), "visual": frames(2, 16)}
 CLASSES = ("Speech", "Male speech, man speaking", "Whistle", "Music")
-
-
-@pytest.fixture
-def clips_folder() -> Path:
-    if not CLIPS.is_dir():
-        pytest.skip(f"no real clips at {CLIPS}")
-    return CLIPS
 
 
 def write_tone(path: Path, seconds: float, hertz: float = 300) -> Path:

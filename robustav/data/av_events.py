@@ -278,7 +278,7 @@ def _generate(config: AvEventsConfig, split: str, progress: Progress | None) -> 
 def _read(path: Path) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, framework="pt") as file:
-            contents = {name: file.get_tensor(name) for name in file}
+            contents = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
             expected = (file.metadata() or {}).get("sha256")
         if _digest(contents) == expected:
             return contents

@@ -1,0 +1,141 @@
+"""The ledger: one row per clip and condition in parquet parts, written whole or not at all."""
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import nn, uint8
+
+
+def write_atomically(path: Path, content: bytes, *, alone: bool = True) -> None:
+    """Put `content` at `path` so that a kill at any moment leaves either the whole file or none.
+
+    Where no other process writes the same file (`alone`), what killed ones left behind is cleared away.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    if alone:
+        for debris in path.parent.glob(f".{glob.escape(path.name)}.*.unfinished"):
+            debris.unlink(missing_ok=True)
+
+
+def schema(modalities: Iterable[str]) -> pa.Schema:
+    """The columns of a row; three of them for each modality of the model."""
+    columns = [
+        ("sample", pa.string()),  # the clip's id
+        ("condition", pa.string()),  # key of the record's `conditions`
+        ("skipped", pa.string()),  # why the clip could not be used; then everything below is null
+        ("labels", pa.list_(pa.int32())),  # indices of the clip's classes
+        ("labelled", pa.bool_()),  # False: nobody labelled the clip, `labels` is the model's own clean prediction
+        ("logits", pa.list_(pa.float32())),  # of the untouched model
+        ("loss", pa.float32()),  # the goal's, larger is better for the adversary
+        ("reached", pa.bool_()),  # the goal's success rule
+        ("gauge", pa.float64()),  # largest length / radius over the attacked modalities
+        ("forwards", pa.int32()),  # passes of the attack itself, this clip among its batch
+        ("backwards", pa.int32()),
+        ("zero_gradients", pa.float32()),  # share of backward passes whose gradient was zero
+        ("rescore_gap", pa.float32()),  # largest change of a logit when the returned input was scored again
+        ("violation", pa.string()),  # what the audit found, empty if nothing
+    ]
+    for modality in sorted(modalities):
+        columns += [(f"{name}_{modality}", pa.float64()) for name in ("max_abs", "length", "snr_db")]
+    return pa.schema(columns)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """A run's folder: `run.json` (the record), `ledger/CONDITION/PART.parquet`, and seconds beside them.
+
+    Seconds are kept apart, because everything in the ledger itself is the same bytes whenever it is computed.
+    """
+
+    folder: Path
+
+    def part(self, condition: str, part: int) -> Path:
+        return self.folder / "ledger" / condition / f"{part:06d}.parquet"
+
+    def has(self, condition: str, part: int) -> bool:
+        return self.part(condition, part).exists()
+
+    def write(self, condition: str, part: int, rows: Sequence[Mapping[str, Any]], columns: pa.Schema) -> None:
+        table = pa.Table.from_pylist([{"condition": condition, **row} for row in rows], schema=columns)
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        write_atomically(self.part(condition, part), sink.getvalue().to_pybytes())
+
+    def write_seconds(self, condition: str, part: int, seconds: float) -> None:
+        path = self.folder / "seconds" / condition / f"{part:06d}.json"
+        write_atomically(path, json.dumps(seconds).encode())
+
+    def read_part(self, condition: str, part: int) -> pd.DataFrame:
+        return pq.read_table(self.part(condition, part)).to_pandas()
+
+    def read(self, condition: str) -> pd.DataFrame:
+        """All rows of one condition, in the order of the parts."""
+        parts = sorted((self.folder / "ledger" / condition).glob("*.parquet"))
+        if not parts:
+            raise FileNotFoundError(f"{self.folder} holds no rows of {condition!r}: the run has not come that far")
+        return pa.concat_tables([pq.read_table(part) for part in parts]).to_pandas()
+
+    def seconds(self, condition: str) -> float:
+        """Wall time spent on one condition, all parts together."""
+        return sum(json.loads(path.read_bytes()) for path in (self.folder / "seconds" / condition).glob("*.json"))
+
+    def record(self) -> dict[str, Any]:
+        """What was run: model, data, threat, seeds, versions."""
+        path = self.folder / "run.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{self.folder} is no run: it has no run.json (give the folder that a run wrote)")
+        return json.loads(path.read_bytes())
+
+    def begin(self, record: Mapping[str, Any]) -> None:
+        """Write the record, or check that the folder holds the same run; raises `ValueError` naming what differs."""
+        path = self.folder / "run.json"
+        if path.exists():
+            before, now = self.record()["identity"], record["identity"]
+            different = [key for key in now if before.get(key) != now[key]] + [k for k in before if k not in now]
+            if different:
+                first = different[0]
+                raise ValueError(
+                    f"{self.folder} holds another run; they differ in {', '.join(different)} "
+                    f"({first}: {_short(before.get(first))} there, {_short(now.get(first))} now): choose another --out"
+                )
+            return
+        write_atomically(path, json.dumps(record, indent=1).encode(), alone=False)
+
+
+def digest_of_model(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of every parameter and buffer."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        # NumPy has no bfloat16; a view as bytes serves every type.
+        content = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(content.view(dtype=uint8).numpy().tobytes() if content.numel() else b"")
+    return digest.hexdigest()
+
+
+def digest_of(value: object) -> str:
+    """SHA-256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
