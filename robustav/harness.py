@@ -372,24 +372,26 @@ class _Work:
                     with torch.no_grad():
                         raw = batch.inputs[modality]
                         held[modality] = self.prepared.encode(modality, self.prepared.front_end(modality, raw))
-            draws = draws_for(self.seed, batch.ids, row.name, *row.attacked)
-            try:
-                return self._attack_slice(row, batch, held, draws, slice(0, len(batch.ids)))
-            except torch.cuda.OutOfMemoryError:
-                middle = len(batch.ids) // 2
-                if not middle:
-                    raise
-                log.warning("out of GPU memory with %d clips at once: trying halves", len(batch.ids))
-                halves = [
-                    self._attack_slice(row, batch, held, draws_for(self.seed, batch.ids, row.name, *row.attacked)[s], s)
-                    for s in (slice(0, middle), slice(middle, None))
-                ]
-        returned = {m: torch.cat([half[0][m] for half in halves]) for m in batch.inputs}
-        first, second = halves[0][1], halves[1][1]
-        return returned, _Cost(first.forwards, first.backwards, first.zero_gradients + second.zero_gradients)
+            return self._attack_slice(row, batch, held, 0, len(batch.ids))
 
     def _attack_slice(
-        self, row: Condition, batch: Batch, held: dict[str, Tensor], draws: list[torch.Generator], part: slice
+        self, row: Condition, batch: Batch, held: dict[str, Tensor], first: int, last: int
+    ) -> tuple[Inputs, "_Cost"]:
+        """The attack's answer for clips `first` to `last`; if a GPU runs out of memory, in halves."""
+        try:
+            return self._attack_once(row, batch, held, slice(first, last))
+        except torch.cuda.OutOfMemoryError:
+            if last - first < 2:
+                raise
+            log.warning("out of GPU memory with %d clips at once: trying halves", last - first)
+        middle = (first + last) // 2
+        halves = [self._attack_slice(row, batch, held, *ends) for ends in ((first, middle), (middle, last))]
+        returned = {m: torch.cat([half[0][m] for half in halves]) for m in batch.inputs}
+        cost = halves[0][1]
+        return returned, cost._replace(zero_gradients=cost.zero_gradients + halves[1][1].zero_gradients)
+
+    def _attack_once(
+        self, row: Condition, batch: Batch, held: dict[str, Tensor], part: slice
     ) -> tuple[Inputs, "_Cost"]:
         assert row.attack is not None and row.threat is not None and self.prepared is not None
         others = {m: x[part] for m, x in held.items() if m not in row.attacked}
@@ -399,6 +401,7 @@ class _Work:
         inputs = {m: batch.inputs[m][part] for m in row.attacked}
         # Attacks that write into what they were given would change the clean batch of every later condition.
         given = {m: x.clone() for m, x in inputs.items()}
+        draws = draws_for(self.seed, batch.ids[part], row.name, *row.attacked)
         try:
             attacked = row.attack(view, given, batch.labels[part], threat, draws=draws)
         except FloatingPointError as error:

@@ -1,6 +1,5 @@
 """Tagging scores: equal to scikit-learn and to the official code, by hand, and unmoved by what must not matter."""
 
-
 import numpy as np
 import pytest
 from hypothesis import given, settings

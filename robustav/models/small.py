@@ -10,6 +10,7 @@ from robustav.audio import LogMel
 from robustav.classifier import Classifier, InputSpec, LateFusion
 
 WIDTH = 128  # channels of the last convolution
+VISUAL_WIDTH = 160  # likewise, of the visual encoder
 
 
 class FramePairs(nn.Module):
@@ -55,15 +56,20 @@ class AudioEncoder(nn.Module):
 
 
 class VisualEncoder(nn.Module):
-    """Frame pairs [batch, frame, 6, height, width] to a vector [batch, 2 x WIDTH], pooled over frames too."""
+    """Frame pairs [batch, frame, 6, height, width] to a vector [batch, 2 x VISUAL_WIDTH].
+
+    The maximum over each frame's places (a shape is small), then mean and maximum over frames.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(convolution(6, 16, 2, 5), *trunk(16))
+        self.layers = nn.Sequential(
+            convolution(6, 32, 2, 5), convolution(32, 64, 2), convolution(64, 96, 2), convolution(96, VISUAL_WIDTH, 1)
+        )
 
     def forward(self, pairs: Tensor) -> Tensor:
-        maps = self.layers(pairs.flatten(0, 1)).unflatten(0, pairs.shape[:2])
-        return mean_and_max(maps.transpose(1, 2))
+        frames = self.layers(pairs.flatten(0, 1)).amax((2, 3)).unflatten(0, pairs.shape[:2])
+        return mean_and_max(frames.transpose(1, 2))
 
 
 def head(dim: int, classes: int) -> nn.Sequential:
@@ -75,9 +81,10 @@ def late(specs: Mapping[str, InputSpec], classes: tuple[str, ...]) -> LateFusion
     """An encoder each for whichever of audio and visual `specs` names, joined at the head."""
     encoders: dict[str, nn.Module] = {"audio": AudioEncoder(), "visual": VisualEncoder()}
     front_ends: dict[str, nn.Module] = {"audio": LogMel(), "visual": FramePairs()}
+    widths = {"audio": 2 * WIDTH, "visual": 2 * VISUAL_WIDTH}
     return LateFusion(
         {m: encoders[m] for m in specs},
-        head(2 * WIDTH * len(specs), len(classes)),
+        head(sum(widths[m] for m in specs), len(classes)),
         specs=specs,
         classes=classes,
         front_ends={m: front_ends[m] for m in specs},

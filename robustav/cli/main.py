@@ -1,0 +1,283 @@
+"""The commands. Each reads its arguments, calls one library function and prints one thing.
+
+Everything heavy is imported inside a command: help and tab completion must not wait for torch.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from robustav import __version__
+from robustav.cli.progress import Bars
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
+errors = Console(stderr=True)
+
+FAILED_AUDIT, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+def _models(incomplete: str) -> list[str]:
+    """Embedded models, for tab completion, from their weight files: no need to import torch."""
+    files = (Path(__file__).parents[1] / "models" / "weights").glob("*.safetensors")
+    return sorted(file.stem for file in files if file.stem.startswith(incomplete))
+
+
+def _attacks(incomplete: str) -> list[str]:
+    from robustav.attacks import ATTACKS
+
+    return [name for name in ATTACKS if name.startswith(incomplete)]
+
+
+Format = Annotated[
+    str | None, typer.Option("--format", help="Print md, tex, csv or json instead of the table for the terminal.")
+]
+Json = Annotated[bool, typer.Option("--json", help="The same as --format json.")]
+Figures = Annotated[bool, typer.Option("--figures", help="Also draw figures, into the run's folder.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"robustav {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """How easily can an audio, visual or audio-visual classifier be fooled, and can that number be trusted?"""
+
+
+@app.command()
+def attack(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            autocompletion=_models,
+            help="A name from `robustav models`, or package.module:factory, or file.py:factory.",
+        ),
+    ] = "av-fusion",
+    eps: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--eps",
+            "-e",
+            help="Budget in each modality's own unit: 0.01, or 4/255, or audio=0.002,visual=4/255, or snr=30dB. "
+            "A list (0.001,0.01, or --eps again) gives a curve. Default 0.01.",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", "-d", help="av-events (default), a manifest (CSV or JSON lines), a folder of clips, or one clip."
+        ),
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights to load into the model.")] = None,
+    trust_pickle: Annotated[bool, typer.Option(help="Unpickle the checkpoint. This runs code that is in it.")] = False,
+    norm: Annotated[str | None, typer.Option(help="linf (default), l2 or l1. An SNR is always l2.")] = None,
+    attacks: Annotated[
+        str | None,
+        typer.Option(autocompletion=_attacks, help="Comma-separated; default: all of noise,fgsm,pgd,momentum."),
+    ] = None,
+    attacked: Annotated[
+        list[str] | None,
+        typer.Option(help="Modalities to attack: audio, visual, or both. Again for more; default: each, and both."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of iterative attacks. Default: pgd 20, momentum 10.")
+    ] = None,
+    restarts: Annotated[int, typer.Option(min=1, help="Random restarts of pgd; the best is kept for each clip.")] = 1,
+    goal: Annotated[
+        str, typer.Option(help="untargeted, targeted:CLASS, hide:CLASS,CLASS, inject:CLASS,CLASS, or push-latent.")
+    ] = "untargeted",
+    loss: Annotated[
+        str | None, typer.Option(help="What to climb: bce or ranking (multi-label), ce or margin (multi-class).")
+    ] = None,
+    success: Annotated[
+        str | None, typer.Option(help="When an untargeted attack has won: top1 (default), label-set or misclassified.")
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(help="Probability at which a class counts as predicted (multi-label).")
+    ] = 0.5,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=0, help="Clips to attack, drawn by seed; 0: all. Default: 300 of av-events, else all."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of every random draw; global generators are never touched.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    batch_size: Annotated[str, typer.Option(help="Clips at a time; auto: 8 on a CPU, 64 on a GPU.")] = "auto",
+    shard: Annotated[
+        str, typer.Option(help="This process's share, as in 0/4; run all four with the same --out.")
+    ] = "0/1",
+    strict: Annotated[
+        bool, typer.Option(help="Stop at the first clip that cannot be used, instead of listing it.")
+    ] = False,
+    keep: Annotated[int, typer.Option(min=0, help="Keep the adversarial examples of the first N clips.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The run's folder; default runs/MODEL-DIGEST. The same command goes on where it was stopped."
+        ),
+    ] = None,
+    figures: Figures = False,
+    format_: Format = None,
+    json: Json = False,
+) -> None:
+    """Attack a classifier and print a robustness report table."""
+    chosen = _format(format_, json)
+    settings: dict[str, Any] = {"shard": _pair(shard), "batch_size": _whole_or_auto(batch_size)}
+    from robustav.attacks import ATTACKS
+    from robustav.evaluation import Evaluation
+    from robustav.harness import Settings
+
+    evaluation = Evaluation(
+        model=model,
+        eps=eps or ["0.01"],
+        data=data,
+        checkpoint=checkpoint,
+        trust_pickle=trust_pickle,
+        norm=norm,
+        attacks=[name.strip() for name in attacks.split(",")] if attacks else list(ATTACKS),
+        attacked=attacked or [],
+        steps=steps,
+        restarts=restarts,
+        goal=goal,
+        loss=loss,
+        success=success,
+        threshold=threshold,
+        seed=seed,
+        limit=limit,
+    )
+    with Bars(errors) as bars:
+        made = Settings(device=device, strict=strict, keep=keep, progress=bars.attacks, **settings)
+        ledger = evaluation.run(out, made, progress=bars.generation)
+    if made.shard[1] > 1:
+        errors.print(f"shard {shard} done; when all are, print the report with: robustav report {ledger.folder}")
+        return
+    _print_report([ledger.folder], chosen, figures)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that `robustav attack` wrote.")],
+    figures: Figures = False,
+    format_: Format = None,
+    json: Json = False,
+) -> None:
+    """Print the report of one run, or of several in one table."""
+    _print_report(runs, _format(format_, json), figures)
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(autocompletion=_models, help="One model, in full.")] = None,
+    json: Json = False,
+) -> None:
+    """List the models, or show one: inputs, stages, weights and how they were made."""
+    from robustav.cli.listing import list_models, show_model
+
+    show_model(name, json) if name else list_models(json)
+
+
+@app.command()
+def data(
+    what: Annotated[
+        str | None, typer.Argument(help="`av-events`, or `check` to read every clip of PATH as the model would.")
+    ] = None,
+    path: Annotated[str | None, typer.Argument(help="With `check`: a manifest, a folder or a clip.")] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", autocompletion=_models, help="Whose inputs to read.")
+    ] = "av-fusion",
+    json: Json = False,
+) -> None:
+    """List the data sets, show one, or check your own before attacking."""
+    from robustav.cli.listing import check_data, list_data, show_data
+
+    if what == "check":
+        if path is None:
+            raise typer.BadParameter("`check` needs a PATH: a manifest, a folder or a clip")
+        with Bars(errors) as bars:
+            usable = check_data(path, model, json, bars.generation)
+        if not usable:
+            raise ValueError(f"no clip of {path} can be used with {model}")
+    elif path is not None:
+        raise typer.BadParameter(f"only `check` takes a PATH, got {what!r} and {path!r}")
+    elif what is None:
+        list_data(json)
+    else:
+        with Bars(errors) as bars:
+            show_data(what, json, bars.generation)
+
+
+def _print_report(folders: list[Path], chosen: str | None, figures: bool) -> None:
+    from robustav.ledger import Ledger
+    from robustav.report import FORMATS, build, print_terminal
+
+    ledgers = [Ledger(folder) for folder in folders]
+    made = build(ledgers)
+    if chosen is None:
+        print_terminal(made, Console())
+    else:
+        typer.echo(FORMATS[chosen](made), nl=False)
+    errors.print(f"kept in {', '.join(map(str, folders))}", style="dim", soft_wrap=True, highlight=False)
+    if figures:
+        from robustav.report.figures import draw
+
+        for file in draw(made, ledgers, folders[0] / "figures"):
+            errors.print(f"drew {file}", style="dim", soft_wrap=True, highlight=False)
+    if made.failed:
+        errors.print("the audit failed: see the rows marked 'not valid'", style="bold red")
+        raise typer.Exit(FAILED_AUDIT)
+    if made.table.empty:
+        raise ValueError("no clip could be used: the reasons are in the table of skipped clips")
+
+
+def _format(name: str | None, json: bool) -> str | None:
+    known = ("md", "tex", "csv", "json")
+    if name is not None and name not in known:
+        raise typer.BadParameter(f"must be one of {', '.join(known)}, got {name!r}", param_hint="--format")
+    return "json" if json else name
+
+
+def _pair(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise typer.BadParameter(f"must be I/N with I from 0 to N - 1, as in 0/4, got {text!r}", param_hint="--shard")
+    return int(index), int(count)
+
+
+def _whole_or_auto(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit() or text == "0":
+        raise typer.BadParameter(f"must be auto or a number from 1, got {text!r}", param_hint="--batch-size")
+    return int(text)
+
+
+def main() -> None:
+    """The console script: one sentence for bad input, no traceback (unless ROBUSTAV_TRACEBACK is set)."""
+    # Read when torch is imported: threads that spin while they wait make a busy machine ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        app()
+    except KeyboardInterrupt:
+        errors.print("stopped; the same command goes on where it was")
+        sys.exit(INTERRUPTED)
+    except (ValueError, TypeError, FileNotFoundError, OSError) as error:
+        if os.environ.get("ROBUSTAV_TRACEBACK"):
+            raise
+        errors.print(f"robustav: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
+        sys.exit(BAD_INPUT)
