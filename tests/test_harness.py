@@ -212,6 +212,13 @@ class Cheat:
                 return {"audio": x * float("nan")}
             case "another shape":
                 return {"audio": x[:, :-1]}
+            case "a box around the iterate":
+                for _ in range(4):
+                    x = threat.budgets["audio"].project(x, x + 1)
+                return {"audio": x}
+            case "a running sum":
+                delta = sum((threat.budgets["audio"].project(x, x + 1) - x) / 2 for _ in range(6))
+                return {"audio": (x + delta).clamp(-1, 1)}
             case "another modality":
                 return {"audio": x, "visual": torch.zeros(len(x), *SPECS["visual"].shape)}
             case "writes into its inputs":
@@ -224,11 +231,13 @@ class Cheat:
     [
         ("over budget", "audio: length over budget is 1.0"),
         ("outside the range", r"audio leaves \[-1, 1\]"),
+        ("a box around the iterate", r"audio: length over budget is [34]"),  # V9: four steps, four budgets
+        ("a running sum", r"audio: length over budget is [23]"),  # V10: never projected
         ("another modality", "visual was changed, though the threat does not include it"),
     ],
 )
 def test_the_audit_finds_what_left_the_threat(tmp_path, how, message):
-    """V3, V9: every returned point is measured in input units against its own budget and box."""
+    """V3, V9, V10: every returned point is measured in input units against its own budget and box."""
     ledger = run(tmp_path, rows=rows_for({"cheat": Cheat(how)}, attacked=[("audio",)]))
     assert ledger.read("cheat-audio-0")["violation"].str.contains(message).all()
     assert list(harness.failures(ledger)) == ["cheat-audio-0"]
