@@ -148,6 +148,22 @@ def test_one_full_step_of_pgd_is_fgsm(norm, fusion, inputs):
         assert torch.equal(x, run(FGSM(), fusion, inputs, LABELS, threat)[m])
 
 
+def test_one_full_step_of_pgd_is_fgsm_even_where_it_overshoots():
+    """Past the valley a full step ends higher up: without a random start the clean point is no way out."""
+
+    class Valley(Linear):
+        def front_end(self, modality, raw):
+            return (raw - 0.1).square()
+
+    model = Valley({"audio": InputSpec((4,), -1.0, 1.0, "amplitude")})
+    with torch.no_grad():
+        model.weights["audio"].fill_(1.0)
+    x, threat = {"audio": torch.zeros(1, 4)}, ThreatModel({"audio": Budget("linf", 0.5)})
+    single = run(PGD(1, 1.0, random_start=False), model, x, torch.ones(1, 1), threat)
+    assert torch.equal(single["audio"], run(FGSM(), model, x, torch.ones(1, 1), threat)["audio"])
+    assert (single["audio"] > 0.49).all()
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_costs_what_it_says(steps, fusion, inputs):
     view = AttackView(fusion, ("audio",), {"visual": fusion.encode("visual", inputs["visual"])})

@@ -69,8 +69,7 @@ def _build_one(ledger: Ledger) -> Report:
     record = ledger.record()
     identity = record["identity"]
     described: dict[str, dict[str, Any]] = identity["conditions"]
-    frames = {key: _usable(ledger, key, record["clips"]) for key in described}
-    clean = frames[CLEAN.key]
+    clean = _usable(ledger, CLEAN.key, record["clips"])
     name = str(record["about"].get("model", record["model"]))
     skipped = ledger.read(CLEAN.key).query("skipped.notna()")[["sample", "skipped"]]
     skipped = skipped.rename(columns={"skipped": "reason"}).assign(model=name)[["model", "sample", "reason"]]
@@ -78,27 +77,26 @@ def _build_one(ledger: Ledger) -> Report:
         return Report(_header(record, 0, name, False), pd.DataFrame(), ["no clip could be used"], skipped, False)
     scorer = _Scorer(record, clean)
     rows = [scorer.row(clean, CLEAN.name, (), 0, "", ledger.seconds(CLEAN.key))]
-    for level, attacked in dict.fromkeys(
-        (d["level"], tuple(d["attacked"])) for d in described.values() if d["attacked"]
-    ):
-        keys = [k for k, d in described.items() if (d["level"], tuple(d["attacked"])) == (level, attacked)]
-        budget = "; ".join(f"{m} {text}" for m, text in described[keys[0]]["budgets"].items())
-        for key in keys:
-            rows.append(scorer.row(frames[key], described[key]["name"], attacked, level, budget, ledger.seconds(key)))
-        # An adversary who may touch both may touch one, or nothing: those are candidates too.
-        members = [CLEAN.key] + [
-            k
-            for k, d in described.items()
-            if d["attacked"] and d["level"] == level and set(d["attacked"]) <= set(attacked)
-        ]
-        if len(members) > 2:
-            seconds = sum(ledger.seconds(key) for key in members)
-            worst = worst_case([frames[key] for key in members])
-            rows.append(scorer.row(worst, WORST, attacked, level, budget, seconds))
+    for level in sorted({d["level"] for d in described.values() if d["attacked"]}):
+        # One epsilon at a time, so that a long curve over a large data set fits into memory.
+        here = {key: d for key, d in described.items() if d["attacked"] and d["level"] == level}
+        frames = {CLEAN.key: clean} | {key: _usable(ledger, key, record["clips"]) for key in here}
+        for attacked in dict.fromkeys(tuple(d["attacked"]) for d in here.values()):
+            keys = [key for key, d in here.items() if tuple(d["attacked"]) == attacked]
+            budget = "; ".join(f"{m} {text}" for m, text in here[keys[0]]["budgets"].items())
+            for key in keys:
+                seconds = ledger.seconds(key)
+                rows.append(scorer.row(frames[key], here[key]["name"], attacked, level, budget, seconds))
+            # An adversary who may touch both may touch one, or nothing: those are candidates too.
+            members = [CLEAN.key] + [key for key, d in here.items() if set(d["attacked"]) <= set(attacked)]
+            if len(members) > 2:
+                seconds = sum(ledger.seconds(key) for key in members)
+                worst = worst_case([frames[key] for key in members])
+                rows.append(scorer.row(worst, WORST, attacked, level, budget, seconds))
     table = pd.DataFrame(rows)
     table.insert(0, "model", name)
     failed = bool((table["violations"] > 0).any())
-    notes = _notes(record, table, frames, scorer)
+    notes = _notes(record, table, clean, scorer)
     return Report(_header(record, len(clean), name, failed), table, notes, skipped, failed)
 
 
@@ -235,9 +233,8 @@ def _header(record: dict[str, Any], used: int, name: str, failed: bool) -> list[
     ]
 
 
-def _notes(record: dict[str, Any], table: pd.DataFrame, frames: dict[str, pd.DataFrame], scorer: _Scorer) -> list[str]:
+def _notes(record: dict[str, Any], table: pd.DataFrame, clean: pd.DataFrame, scorer: _Scorer) -> list[str]:
     """What the table's reader must know, each in a sentence; nothing here is a matter of opinion."""
-    clean = frames[CLEAN.key]
     notes = [
         "Intervals are 95 %: Wilson for top-1 hit rate and attack success, bootstrap over clips "
         f"({len(scorer.weights)} resamples, paired for the drop) for the rest.",
