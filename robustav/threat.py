@@ -15,6 +15,7 @@ from robustav.goals import Goal, Untargeted
 from robustav.norms import NORMS, TINY, Draws, Norm, Radius, l2_length, linf_length, per_sample
 
 HALF_ULP = 2.0**-24  # largest rounding error of a float32 near 1
+SPARE = 2.0**-20  # of a radius: what float32 can lose in measuring and scaling a perturbation
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,12 @@ class Budget:
         return delta if self.writable is None else torch.where(self.writable, delta, 0)
 
     def _representable_radius(self, clean: Tensor) -> Radius:
-        """The radius less what rounding `clean + delta` to float32 can add, so that the audit needs no excuse."""
+        """The radius less what float32 can add in measuring, scaling and `clean + delta`: the audit needs no excuse."""
         radius = self.radius(clean)
         unbounded = math.isinf(self.low) or math.isinf(self.high)
         size: Radius = linf_length(clean) + radius if unbounded else max(abs(self.low), abs(self.high))
         unit = clean[:1].numel() ** {"linf": 0.0, "l2": 0.5, "l1": 1.0}[self.norm]
-        inner = radius - HALF_ULP * unit * size
+        inner = radius * (1 - SPARE) - HALF_ULP * unit * size
         return inner.clamp(min=0) if isinstance(inner, Tensor) else max(inner, 0.0)
 
 
