@@ -3,15 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from robustav.data.samples import LabelKind
-
 Inputs = dict[str, Tensor]  # modality -> raw batch
+LabelKind = Literal["multilabel", "multiclass"]
 
 
 @dataclass(frozen=True)

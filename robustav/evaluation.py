@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from robustav.attacks import ATTACKS, Attack, Restarts
-from robustav.data.sources import Progress, load_samples
+from robustav.data.samples import Progress
+from robustav.data.sources import load_samples
 from robustav.goals import parse_goal
 from robustav.harness import Settings, evaluate
 from robustav.ledger import Ledger
@@ -40,8 +41,10 @@ class Evaluation:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.eps, str):
-            raise TypeError(f"`eps` must be a list of texts, got the text {self.eps!r}: write [{self.eps!r}]")
+        for name in ("eps", "attacks", "attacked"):  # one is as good as a list of one, and a number as its text
+            given = getattr(self, name)
+            many = [given] if isinstance(given, str | float | int) else given
+            object.__setattr__(self, name, tuple(str(one) for one in many))
         if not self.eps:
             raise ValueError("`eps` must name at least one epsilon, got none")
         if unknown := [name for name in self.attacks if name not in ATTACKS]:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -10,8 +10,7 @@ import torch.nn.functional as F  # noqa: N812  (the name that every PyTorch read
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from robustav.classifier import Trace
-from robustav.data.samples import LabelKind
+from robustav.classifier import LabelKind, Trace
 
 Logits = Float[Tensor, "batch class"]
 MultiHot = Float[Tensor, "batch class"]
@@ -35,12 +34,23 @@ def ranking_margin(logits: Logits, labels: MultiHot) -> Float[Tensor, " batch"]:
     """Best wrong class minus worst right class, `max_{j not in Y} s_j - min_{i in Y} s_i` [Song et al., 2018,
     arXiv:1901.00546].
 
-    Positive when some label is ranked below a class that is no label. Without labels, the best score; with all
+    Positive when some label is ranked below a class that is no label: to lose a top-1 hit, climb `top1_margin`. Without labels, the best score; with all
     classes as labels, minus the worst.
     """
     positive = labels > 0.5
     wrong = logits.masked_fill(positive, float("-inf")).amax(1)
     right = logits.masked_fill(~positive, float("inf")).amin(1)
+    return torch.where(wrong.isinf(), 0, wrong) - torch.where(right.isinf(), 0, right)
+
+
+def top1_margin(logits: Logits, labels: MultiHot) -> Float[Tensor, " batch"]:
+    """Best wrong class minus best right class; positive exactly when the top-1 hit is lost.
+
+    Without labels, the best score; with all classes as labels, minus the best.
+    """
+    positive = labels > 0.5
+    wrong = logits.masked_fill(positive, float("-inf")).amax(1)
+    right = logits.masked_fill(~positive, float("-inf")).amax(1)
     return torch.where(wrong.isinf(), 0, wrong) - torch.where(right.isinf(), 0, right)
 
 
@@ -64,6 +74,7 @@ class Loss(NamedTuple):
 LOSSES: dict[str, Loss] = {
     "bce": Loss(bce, "multilabel"),
     "ranking": Loss(ranking_margin, "multilabel"),
+    "top1": Loss(top1_margin, "multilabel"),
     "ce": Loss(cross_entropy, "multiclass"),
     "margin": Loss(margin, "multiclass"),
 }
@@ -142,8 +153,23 @@ class Goal(ABC):
         """The same goal, knowing what the model says of this batch's clean inputs."""
         return replace(self, clean=Trace({}, clean.latent.detach(), clean.logits.detach()))
 
+    def settings(self) -> dict[str, object]:
+        """Everything that decides a loss or a verdict, as a record keeps it."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "clean"}
+        return {"goal": type(self).__name__, **chosen}
+
+    def check_model(self, classes: int, label_kind: LabelKind) -> None:
+        """Raise `ValueError` unless the goal makes sense for a model of so many classes and that kind of labels."""
+        if label_kind != self.label_kind:
+            raise ValueError(f"the goal is made for {self.label_kind} labels, but the model is {label_kind}")
+        if classes == 1 and (label_kind == "multiclass" or getattr(self, "success", "") == "top1"):
+            raise ValueError(
+                "with one class the highest-scoring class is always that one, so no attack could ever succeed: declare "
+                "label_kind='multilabel' and choose success 'label-set' or 'misclassified'"
+            )
+
     def check(self, labels: Tensor, classes: int) -> None:
-        """Raise `ValueError` or `TypeError` unless `labels` are of the declared kind."""
+        """Raise `ValueError` unless `labels` are of the declared kind."""
         if self.label_kind == "multilabel":
             if labels.ndim != 2 or labels.shape[1] != classes or not labels.is_floating_point():
                 raise ValueError(
@@ -322,13 +348,15 @@ def _class_indices(text: str, classes: tuple[str, ...], goal: str) -> tuple[int,
         )
     if text in classes:
         return (classes.index(text),)
-    lookup = {name.lower(): index for index, name in enumerate(classes)}
+    lookup = {name.casefold(): index for index, name in enumerate(classes)}
     indices = []
     for part in (part.strip() for part in text.split(",")):
-        if part.isdigit() and int(part) < len(classes):
+        if part in classes:  # a name comes before an index, and as it is spelt before another case
+            indices.append(classes.index(part))
+        elif part.casefold() in lookup:
+            indices.append(lookup[part.casefold()])
+        elif part.isdecimal() and int(part) < len(classes):
             indices.append(int(part))
-        elif part.lower() in lookup:
-            indices.append(lookup[part.lower()])
         else:
             shown = ", ".join(classes[:20]) + (" ..." if len(classes) > 20 else "")
             raise ValueError(f"goal {goal!r}: no class {part!r}; the model has {shown} (or give an index)")

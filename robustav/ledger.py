@@ -1,6 +1,5 @@
 """The ledger: one row per clip and condition in parquet parts, written whole or not at all."""
 
-import glob
 import hashlib
 import json
 import os
@@ -14,14 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import nn, uint8
 
+UNFINISHED = ".unfinished"  # ending of a file that is being written
 
-def write_atomically(path: Path, content: bytes, *, alone: bool = True) -> None:
-    """Put `content` at `path` so that a kill at any moment leaves either the whole file or none.
 
-    Where no other process writes the same file (`alone`), what killed ones left behind is cleared away.
-    """
+def write_atomically(path: Path, content: bytes) -> None:
+    """Put `content` at `path` so that a kill at any moment leaves either the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         with unfinished.open("wb") as file:
             file.write(content)
@@ -30,9 +28,6 @@ def write_atomically(path: Path, content: bytes, *, alone: bool = True) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-    if alone:
-        for debris in path.parent.glob(f".{glob.escape(path.name)}.*.unfinished"):
-            debris.unlink(missing_ok=True)
 
 
 def schema(modalities: Iterable[str]) -> pa.Schema:
@@ -98,11 +93,26 @@ class Ledger:
         return sum(json.loads(path.read_bytes()) for path in (self.folder / "seconds" / condition).glob("*.json"))
 
     def record(self) -> dict[str, Any]:
-        """What was run: model, data, threat, seeds, versions."""
+        """What was run: model, data, threat, seeds, versions. Raises `ValueError` if the run was found unsound."""
         path = self.folder / "run.json"
         if not path.is_file():
             raise FileNotFoundError(f"{self.folder} is no run: it has no run.json (give the folder that a run wrote)")
-        return json.loads(path.read_bytes())
+        try:
+            record = json.loads(path.read_bytes())
+            found = record["identity"]["conditions"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not the record of a run: choose another folder") from error
+        assert isinstance(found, dict)
+        unsound = self.folder / "unsound.txt"
+        if unsound.exists():
+            raise ValueError(
+                f"{self.folder} cannot be trusted: {unsound.read_text(encoding='utf-8')}; delete the folder"
+            )
+        return record
+
+    def declare_unsound(self, reason: str) -> None:
+        """Mark the whole run, so that no report is ever made of it."""
+        write_atomically(self.folder / "unsound.txt", reason.encode())
 
     def begin(self, record: Mapping[str, Any]) -> None:
         """Write the record, or check that the folder holds the same run; raises `ValueError` naming what differs."""
@@ -117,13 +127,39 @@ class Ledger:
                     f"({first}: {_short(before.get(first))} there, {_short(now.get(first))} now): choose another --out"
                 )
             return
-        write_atomically(path, json.dumps(record, indent=1).encode(), alone=False)
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            what = "holds other files" if self.folder.is_dir() else "is a file"
+            raise ValueError(f"{self.folder} {what}: choose another --out, a new or an empty folder")
+        write_atomically(path, json.dumps(record, indent=1).encode())
+
+    def clear_debris(self) -> None:
+        """Remove what killed processes were writing. Only for when no other process works on the run."""
+        for debris in self.folder.rglob(f".*{UNFINISHED}"):
+            debris.unlink(missing_ok=True)
+
+
+def failures(ledger: Ledger) -> dict[str, list[str]]:
+    """Condition -> what the audit found, a line a clip; conditions without a finding are left out."""
+    found = {}
+    for key in ledger.record()["identity"]["conditions"]:
+        rows = ledger.read(key)
+        bad = rows[rows["violation"].fillna("") != ""]
+        if len(bad):
+            found[key] = [f"{clip}: {words}" for clip, words in zip(bad["sample"], bad["violation"], strict=True)]
+    return found
+
+
+def skipped(ledger: Ledger, condition: str = "clean") -> dict[str, str]:
+    """Clip -> why it could not be used."""
+    rows = ledger.read(condition)
+    rows = rows[rows["skipped"].notna()]
+    return dict(zip(rows["sample"], rows["skipped"], strict=True))
 
 
 def digest_of_model(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of every parameter and buffer."""
+    """SHA-256 over names, types, shapes and bytes of every parameter and buffer, persistent or not."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0]):
         # NumPy has no bfloat16; a view as bytes serves every type.
         content = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

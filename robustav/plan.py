@@ -23,6 +23,14 @@ class Condition:
     attack: Attack | None = None
     threat: ThreatModel | None = None
 
+    def __post_init__(self) -> None:
+        if (self.attack is None) != (self.threat is None):
+            raise ValueError(f"condition {self.name!r} needs both an attack and a threat, or neither")
+        if self.threat is not None and set(self.attacked) != set(self.threat.budgets):
+            raise ValueError(
+                f"condition {self.name!r} attacks {list(self.attacked)}, but its threat has {list(self.threat.budgets)}"
+            )
+
     @property
     def key(self) -> str:
         return "-".join([self.name, "+".join(self.attacked), str(self.level)]) if self.attacked else self.name
@@ -58,16 +66,16 @@ def conditions(
 ) -> list[Condition]:
     """Clean, then every epsilon x set of attacked modalities x attack.
 
-    In a joint attack every modality has its full budget. A set that an epsilon has no budgets for is left out; a set
-    that no epsilon covers raises `ValueError`.
+    In a joint attack every modality has its full budget. Unless told, every set of the modalities that an epsilon has
+    budgets for; of the sets in `attacked`, one that an epsilon does not cover is left out there, and one that none covers
+    raises `ValueError`.
     """
     rows = [CLEAN]
-    wanted = attacked or subsets(sorted({m for budgets in epsilons for m in budgets}))
-    for chosen in wanted:
+    for chosen in attacked or ():
         if not any(set(chosen) <= budgets.keys() for budgets in epsilons):
             raise ValueError(f"no budget for {'+'.join(chosen)}: --eps has {sorted(epsilons[0])}")
     for level, budgets in enumerate(epsilons):
-        for chosen in wanted:
+        for chosen in attacked or subsets(sorted(budgets)):
             if set(chosen) <= budgets.keys():
                 threat = ThreatModel({m: budgets[m] for m in chosen}, goal)
                 rows += [Condition(name, tuple(chosen), level, attack, threat) for name, attack in attacks.items()]

@@ -28,12 +28,22 @@ def prepare(model: Classifier, sample: Inputs) -> Classifier:
     except Exception as error:  # a user's module may hold anything, and none of it concerns the evaluation
         log.warning("the model cannot be copied (%s): attacking it as it is, without folding", error)
         return model
-    quick = copy.deepcopy(plain)
-    fold_batch_norms(quick)
-    quick = quick.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    with torch.no_grad():
-        expected, got = plain(sample), quick(sample)
-    if expected.shape == got.shape and (got - expected).abs().max() <= AGREEMENT * expected.abs().max():
+    try:
+        quick = copy.deepcopy(plain)
+        fold_batch_norms(quick)
+        for module in quick.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        leaves = {m: x.detach().requires_grad_() for m, x in sample.items()}
+        with torch.enable_grad():
+            got = quick(leaves)
+            torch.autograd.grad(got.sum(), list(leaves.values()), allow_unused=True)
+        with torch.no_grad():
+            expected = plain(sample)
+    except Exception as error:  # some code in the model does not take the other memory layout
+        log.info("the faster arrangement does not run (%s): attacking a plain copy", error)
+        return plain
+    if (got - expected).abs().max() <= AGREEMENT * expected.abs().max():
         return quick
     log.warning("folding batch norms changes the model's scores: attacking it unfolded")
     return plain
@@ -95,10 +105,12 @@ class AttackView(Classifier):
         self.classes, self.label_kind = model.classes, model.label_kind
         self.forwards = 0
         self.backwards = 0
-        self._moved: dict[str, Tensor | int] = dict.fromkeys(attacked, 0)
+        self._asked = dict.fromkeys(attacked, 0)  # forward passes after which a gradient is wanted
+        self._came: dict[str, Tensor | int] = dict.fromkeys(attacked, 0)  # of each sample, gradients that were not zero
 
     def front_end(self, modality: str, raw: Tensor) -> Tensor:
         if raw.requires_grad:
+            self._asked[modality] += 1
             raw.register_hook(lambda gradient: self._note(modality, gradient))
         return self.model.front_end(modality, raw)
 
@@ -107,7 +119,8 @@ class AttackView(Classifier):
 
     def fuse(self, features: dict[str, Tensor]) -> Tensor:
         self.forwards += 1
-        return self.model.fuse({**self.held, **features})
+        # Copies, since a model may write into what it is given to fuse.
+        return self.model.fuse({**{m: x.clone() for m, x in self.held.items()}, **features})
 
     def classify(self, latent: Tensor) -> Tensor:
         logits = self.model.classify(latent)
@@ -116,13 +129,15 @@ class AttackView(Classifier):
         return logits
 
     def zero_gradients(self, batch: int) -> Tensor:
-        """Share of backward passes in which a sample's gradient was exactly zero in an attacked modality, [batch]."""
-        # Counted from the passes that did arrive: where a branch is cut off, nothing arrives at all.
-        fewest = torch.stack([torch.as_tensor(count).cpu().expand(batch) for count in self._moved.values()]).amin(0)
-        return (self.backwards - fewest) / max(self.backwards, 1)
+        """Share of wanted gradients that were exactly zero, or never came, in the worst attacked modality, [batch]."""
+        shares = [
+            (1 - torch.as_tensor(self._came[m]).cpu() / max(asked, 1)).expand(batch) * (asked > 0)
+            for m, asked in self._asked.items()
+        ]
+        return torch.stack(shares).amax(0)
 
     def _note(self, modality: str, gradient: Tensor) -> None:
-        self._moved[modality] = self._moved[modality] + (gradient.flatten(1).abs().amax(1) > 0).int()
+        self._came[modality] = self._came[modality] + (gradient.flatten(1).abs().amax(1) > 0).int()
 
     def _count_backward(self, _: Tensor) -> None:
         self.backwards += 1

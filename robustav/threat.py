@@ -14,6 +14,7 @@ from robustav.classifier import Inputs, InputSpec, Trace
 from robustav.goals import Goal, Untargeted
 from robustav.norms import NORMS, TINY, Draws, Norm, Radius, l2_length, linf_length, per_sample
 
+LARGEST = 1e18  # radius; beyond it squares leave float32
 HALF_ULP = 2.0**-24  # largest rounding error of a float32 near 1
 SPARE = 2.0**-20  # of a radius: what float32 can lose in measuring and scaling a perturbation
 
@@ -49,8 +50,8 @@ class Budget:
             object.__setattr__(self, "epsilon", parse_number(self.epsilon))
         epsilon = self.epsilon
         smallest = epsilon.min().item() if isinstance(epsilon, Tensor) else epsilon
-        if smallest is not None and not (0 <= float(smallest) < math.inf):
-            raise ValueError(f"`epsilon` must be a finite number at or above 0, got {smallest}")
+        if smallest is not None and not (0 <= float(smallest) < LARGEST):
+            raise ValueError(f"`epsilon` must be a finite number at or above 0 (and below {LARGEST:g}), got {smallest}")
         if isinstance(epsilon, Tensor) and epsilon.ndim > 1:
             raise ValueError(f"`epsilon` must be a number or [batch], got shape {list(epsilon.shape)}")
         if not self.low < self.high:
@@ -77,9 +78,21 @@ class Budget:
     def project(self, clean: Tensor, x: Tensor) -> Tensor:
         """The point nearest to `x` (exactly so inside the valid range) that the budget allows."""
         delta = self._masked(x - clean)
-        delta = self.rules.shorten(delta, self._representable_radius(clean))
+        radius = self.radius(clean)
+        if self.rules.shared:
+            # How much rounding adds depends on how many coordinates move: measure, and take back what is too much.
+            target: Radius = radius * (1 - SPARE)
+            for _ in range(3):
+                moved = self._moved(clean, delta, target)
+                excess = self.rules.length(moved.double() - clean.double()) - radius
+                if not (excess > 0).any():
+                    return moved
+                target = (target - 2 * excess.clamp(min=0)).clamp(min=0).to(clean.dtype)
+        return self._moved(clean, delta, self._representable_radius(clean))
+
+    def _moved(self, clean: Tensor, delta: Tensor, radius: Radius) -> Tensor:
         # Range last: `clean` lies in it, so clamping can only shorten `delta`.
-        return (clean + delta).clamp(self.low, self.high)
+        return (clean + self.rules.shorten(delta, radius)).clamp(self.low, self.high)
 
     def step(self, clean: Tensor, x: Tensor, gradient: Tensor, relative: float) -> Tensor:
         """From `x` by `relative` radii along the norm's steepest ascent; may leave the budget, so project after it."""
@@ -138,18 +151,6 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if not self.budgets:
             raise ValueError("`budgets` must name at least one modality, got none")
-
-    def check(self, inputs: Inputs) -> None:
-        """Raise `ValueError` if an attacked modality is missing from `inputs` or outside its valid range."""
-        for modality, budget in self.budgets.items():
-            if modality not in inputs:
-                raise ValueError(f"the threat attacks {modality!r}, but the inputs have only {sorted(inputs)}")
-            low, high = (bound.item() for bound in inputs[modality].aminmax())
-            if not (budget.low <= low and high <= budget.high):
-                raise ValueError(
-                    f"`inputs[{modality!r}]` must lie in [{budget.low:g}, {budget.high:g}], "
-                    f"got values from {low:g} to {high:g}: rescale the inputs or widen the budget's range"
-                )
 
     def project(self, clean: Inputs, inputs: Inputs) -> Inputs:
         """Every attacked modality moved back into its budget and range."""

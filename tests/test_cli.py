@@ -52,7 +52,7 @@ def test_the_main_job_prints_a_report_and_keeps_the_run(invoke, tmp_path):
 
 def test_a_report_is_read_from_the_run_in_every_format(invoke):
     assert invoke(*QUICK, "--out", "r")[0] == 0
-    for option, start in (("md", "# Robustness report"), ("tex", "% model"), ("csv", "model,condition"), ("json", "{")):
+    for option, start in (("md", "# Robustness report"), ("tex", "% model"), ("csv", "run,condition"), ("json", "{")):
         code, out, _ = invoke("report", "r", "--format", option)
         assert (code, out.startswith(start)) == (0, True)
     whole = json.loads(invoke("report", "r", "--json")[1])
@@ -97,7 +97,7 @@ def test_shards_make_one_run(invoke):
         (["--norm", "linf", "--eps", "30dB"], "goes with norm 'l2', got 30.0 with 'linf'"),
         (["--checkpoint", "w.pt"], "checkpoint 'w.pt' is not a file"),
         (["--threshold", "2"], "`threshold` must be a probability between 0 and 1"),
-        (["--device", "toaster"], "`device` must be 'auto', 'cpu' or a device that torch can use, got 'toaster'"),
+        (["--device", "toaster"], "`device` must be 'auto', 'cpu' or a CUDA device that is there, got 'toaster'"),
         (["--batch-size", "many"], "must be auto or a number from 1"),
         (["--shard", "4/4"], "must be I/N with I from 0 to N - 1"),
         (["--format", "docx"], "must be one of md, tex, csv, json"),

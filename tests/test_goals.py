@@ -20,6 +20,7 @@ from robustav.goals import (
     margin,
     parse_goal,
     ranking_margin,
+    top1_margin,
 )
 
 NAMES = ("bell", "clap", "kick")
@@ -41,6 +42,15 @@ def test_losses_by_hand():
     total = math.exp(2) + math.exp(-1) + 1
     torch.testing.assert_close(cross_entropy(LOGITS[:1], torch.tensor([1])), torch.tensor([1 + math.log(total)]))
     torch.testing.assert_close(margin(LOGITS, torch.tensor([0, 0])), torch.tensor([-2.0, 2.0]))
+
+
+def test_the_top1_margin_is_positive_exactly_when_the_hit_is_lost():
+    torch.testing.assert_close(top1_margin(LOGITS, HOT), torch.tensor([-2.0, -2.0]))
+    torch.testing.assert_close(top1_margin(LOGITS, torch.tensor([[0.0, 0, 0], [1, 1, 1]])), torch.tensor([2.0, 1.0]))
+    logits, labels = torch.randn(200, 5), (torch.rand(200, 5) < 0.4).float()
+    labels = labels[(some := labels.any(1) & ~labels.all(1))]
+    lost = Untargeted().reached(trace(logits[some]), labels)
+    assert torch.equal(top1_margin(logits[some], labels) > 0, lost)
 
 
 def test_ranking_margin_without_and_with_only_positives():
@@ -148,6 +158,9 @@ def test_goals_as_people_write_them():
     assert parse_goal("inject:1", NAMES, "multilabel").chosen == (1,)
     assert parse_goal("targeted:clap", NAMES, "multiclass").target == 1
     assert parse_goal("push-latent", NAMES, "multilabel", success="label-set").success == "label-set"
+    digits = ("3", "4", "0", "bell")
+    assert parse_goal("hide:3,4", digits, "multilabel").chosen == (0, 1)
+    assert parse_goal("hide:1", digits, "multilabel").chosen == (1,)
     comma = ("Speech", "Male speech, man speaking")
     assert parse_goal("hide:Male speech, man speaking", comma, "multilabel").chosen == (1,)
     assert set(GOALS) == {"untargeted", "targeted", "hide", "inject", "push-latent"}
@@ -161,7 +174,7 @@ def test_goals_as_people_write_them():
         ("hide:gong", {}, "no class 'gong'; the model has bell, clap, kick"),
         ("targeted:bell,clap", {}, "takes one class, got 'bell,clap'"),
         ("untargeted:bell", {}, "takes no classes, got 'bell'"),
-        ("untargeted", {"loss": "ce"}, r"`loss_name` must be one of \['bce', 'ranking'\], got 'ce'"),
+        ("untargeted", {"loss": "ce"}, r"`loss_name` must be one of \['bce', 'ranking', 'top1'\], got 'ce'"),
         ("untargeted", {"success": "luck"}, "`success` must be one of .*, got 'luck'"),
         ("hide:bell", {"loss": "bce"}, "goal 'hide' has its own loss: leave 'bce' out"),
         ("untargeted", {"threshold": 1.5}, "`threshold` must be a probability between 0 and 1, got 1.5"),

@@ -6,9 +6,9 @@ import torch
 from conftest import TinySamples, tiny_fusion
 from test_harness import GOAL, rows_for
 
-from robustav import harness
 from robustav.attacks import FGSM, PGD, Noise
 from robustav.harness import Settings, evaluate
+from robustav.ledger import failures
 from robustav.prepare import AttackView
 
 ATTACKED = {"noise": Noise(), "fgsm": FGSM(), "pgd": PGD(5)}
@@ -28,7 +28,7 @@ def test_cpu_and_gpu_decide_alike(tmp_path):
         assert (left["reached"] == right["reached"]).mean() >= 0.95
         if key.startswith("noise"):
             np.testing.assert_allclose(left["snr_db_audio"], right["snr_db_audio"], rtol=1e-6)
-    assert harness.failures(gpu) == {}
+    assert failures(gpu) == {}
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,13 @@ import torch
 from conftest import CLASSES, TinySamples, tiny_fusion, tiny_specs
 from torch import nn
 
-from robustav import harness, keep
+from robustav import harness, judge, keep
 from robustav.attacks import ATTACKS, FGSM, PGD, Noise
-from robustav.classifier import Wrapped
+from robustav.classifier import LateFusion, Wrapped
 from robustav.data.samples import Sample
 from robustav.goals import Untargeted
 from robustav.harness import Settings, choose, evaluate
-from robustav.ledger import Ledger
+from robustav.ledger import Ledger, failures, skipped, write_atomically
 from robustav.plan import CLEAN, Condition, conditions
 from robustav.threat import Budget, ThreatModel, parse_epsilons
 
@@ -104,9 +104,10 @@ def test_the_held_modality_is_encoded_once_a_batch(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(model), "encode", counted)
         run(tmp_path, model, rows=rows_for({"pgd": PGD(steps=9)}, attacked=[("audio",)]), batch_size=10)
-    # clean and its second look, the check of the prepared copy (twice), once held, verdict and its second look
-    assert sum(modality == "visual" for modality, _ in calls) == 7
-    assert sum(modality == "audio" and graph for modality, graph in calls) == 9
+    # clean and its second look, the check of the prepared copy (two), once held, the check of the view (two), verdict
+    # and its second look; and nine steps of the attack, with the prepared copy's trial before them
+    assert sum(modality == "visual" for modality, _ in calls) == 9
+    assert sum(modality == "audio" and graph for modality, graph in calls) == 10
 
 
 def test_decisions_do_not_depend_on_batch_size_or_shards(tmp_path):
@@ -166,7 +167,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
 
 def test_what_is_there_is_not_computed_again(tmp_path, monkeypatch):
     run(tmp_path)
-    monkeypatch.setattr(harness._Work, "_judge", lambda *_: pytest.fail("computed a part that was there"))
+    monkeypatch.setattr(judge.Judge, "judge", lambda *_: pytest.fail("computed a part that was there"))
     run(tmp_path)
 
 
@@ -240,7 +241,7 @@ def test_the_audit_finds_what_left_the_threat(tmp_path, how, message):
     """V3, V9, V10: every returned point is measured in input units against its own budget and box."""
     ledger = run(tmp_path, rows=rows_for({"cheat": Cheat(how)}, attacked=[("audio",)]))
     assert ledger.read("cheat-audio-0")["violation"].str.contains(message).all()
-    assert list(harness.failures(ledger)) == ["cheat-audio-0"]
+    assert list(failures(ledger)) == ["cheat-audio-0"]
 
 
 def test_what_cannot_be_scored_stops_the_run(tmp_path):
@@ -281,7 +282,7 @@ def test_scores_that_do_not_hold_are_found(tmp_path, network):
 
 
 def test_an_honest_run_has_no_findings(tmp_path):
-    assert harness.failures(run(tmp_path, keep=3)) == {}
+    assert failures(run(tmp_path, keep=3)) == {}
 
 
 def test_the_model_comes_back_as_it_was(tmp_path):
@@ -326,7 +327,7 @@ def test_a_model_that_changes_itself_is_an_error(tmp_path):
 def test_bad_clips_are_rows_with_a_reason_and_nothing_else_is_lost(tmp_path):
     samples = TinySamples(12, broken={"clip 3": "no audio track", "clip 11": "silent"})
     ledger = run(tmp_path, samples=samples)
-    assert harness.skipped(ledger) == {"clip 3": "no audio track", "clip 11": "silent"}
+    assert skipped(ledger) == {"clip 3": "no audio track", "clip 11": "silent"}
     assert len(ledger.read("pgd-audio-0").query("skipped.isna()")) == 10
     with pytest.raises(ValueError, match="clip 'clip 3' cannot be used: no audio track"):
         run(tmp_path / "strict", samples=samples, strict=True)
@@ -355,7 +356,7 @@ def test_padding_is_kept_silent(tmp_path):
             )
 
     ledger = run(tmp_path, samples=Short(), keep=10)
-    assert harness.failures(ledger) == {}
+    assert failures(ledger) == {}
     for i in (1, 3):
         stored = keep.load(keep.folder_of(tmp_path, "pgd-audio+visual-0", f"clip {i}"))
         assert not stored["audio"][40:].any()
@@ -396,7 +397,7 @@ def test_a_limit_is_drawn_by_seed_and_keeps_the_order():
         (lambda out: Settings(keep=-1), "`keep` must not be negative"),
         (
             lambda out: harness.pick_device("gramophone"),
-            "`device` must be 'auto', 'cpu' or a device that torch can use, got 'gramophone'",
+            "`device` must be 'auto', 'cpu' or a CUDA device that is there, got 'gramophone'",
         ),
         (
             lambda out: rows_for(eps=["audio=0.1"], attacked=[("visual",)]),
@@ -427,7 +428,9 @@ def test_clips_of_the_wrong_shape_or_range_are_named(tmp_path):
 
     with pytest.raises(ValueError, match=r"`inputs\['audio'\]` must lie in \[-1, 1\] \(amplitude\), got values from"):
         run(tmp_path / "1", samples=Loud())
-    with pytest.raises(ValueError, match=r"must have shape \[batch, 64\], got \[8, 99\]"):
+    with pytest.raises(
+        ValueError, match=r"clip \'clip 0\': `inputs\[\'audio\'\]` must have shape \[batch, 64\], got \[1, 99\]"
+    ):
         run(tmp_path / "2", samples=Long())
     with pytest.raises(ValueError, match=r"must have the modalities \['audio', 'visual'\], got \['visual'\]"):
         run(tmp_path / "3", samples=Deaf())
@@ -453,3 +456,198 @@ def test_conditions_are_a_product():
     ]
     assert rows[3].threat == ThreatModel(budgets, GOAL)
     assert Condition("clean").describe(SPECS)["attacked"] == []
+
+
+def test_an_unsound_run_makes_no_report(tmp_path):
+    """Found out at the end, when every part is written: the second command must not print what the first refused."""
+
+    class Drifting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, inputs):
+            self.scale.data.mul_(1.00001)
+            return self.scale * inputs["visual"].flatten(1)[:, :3]
+
+    model = Wrapped(Drifting(), specs=SPECS, classes=CLASSES, label_kind="multilabel")
+    with pytest.raises(ValueError, match="changed while it was evaluated: no score can be trusted"):
+        run(tmp_path, model, rows=rows_for({"fgsm": FGSM()}))
+    with pytest.raises(ValueError, match="cannot be trusted: the model's parameters or buffers changed"):
+        Ledger(tmp_path).record()
+
+
+def test_everything_that_decides_a_number_is_in_the_identity(tmp_path):
+    rows = rows_for({"fgsm": FGSM()})
+    run(tmp_path, rows=rows)
+    goal = Untargeted(threshold=0.9)
+    with pytest.raises(ValueError, match=r"differ in goal \(goal: "):
+        run(tmp_path, rows=rows_for({"fgsm": FGSM()}, goal=goal), goal=goal)
+    wider = tiny_fusion()
+    wider.specs = {**SPECS, "visual": replace(SPECS["visual"], high=5.0)}
+    with pytest.raises(ValueError, match="differ in specs"):
+        run(tmp_path, wider, rows=rows)
+
+
+def test_a_finished_run_is_looked_into_once(tmp_path):
+    """The same weights under other code: printing the old table would be a wrong number."""
+    rows = rows_for({"fgsm": FGSM()})
+    run(tmp_path, rows=rows)
+    changed = tiny_fusion()
+    changed.classify = lambda latent: -changed.head(latent)
+    with pytest.raises(ValueError, match="gave other scores than today's"):
+        run(tmp_path, changed, rows=rows)
+
+
+def test_buffers_that_are_not_saved_count_as_weights(tmp_path):
+    class Gain(nn.Module):
+        def __init__(self, gain):
+            super().__init__()
+            self.register_buffer("gain", torch.tensor(gain), persistent=False)
+
+        def forward(self, inputs):
+            return self.gain * inputs["visual"].flatten(1)[:, :3]
+
+    def wrapped(gain):
+        return Wrapped(Gain(gain), specs=SPECS, classes=CLASSES, label_kind="multilabel")
+
+    run(tmp_path, wrapped(1.0), rows=rows_for({"fgsm": FGSM()}))
+    with pytest.raises(ValueError, match="differ in weights"):
+        run(tmp_path, wrapped(1.0001), rows=rows_for({"fgsm": FGSM()}))
+
+
+def test_what_lies_between_the_stages_would_be_attacked_blindly(tmp_path):
+    class Hidden(LateFusion):
+        def trace(self, inputs):
+            return super().trace({**inputs, "audio": inputs["audio"].flip(1)})
+
+    model = tiny_fusion()
+    model.__class__ = Hidden
+    with pytest.raises(ValueError, match=r"stages \(front_end, encode, fuse, classify\) give other scores"):
+        run(tmp_path, model)
+
+
+def test_a_model_that_writes_into_what_it_fuses_is_attacked_all_the_same(tmp_path):
+    class InPlace(LateFusion):
+        def fuse(self, features):
+            features["visual"].mul_(1.5)
+            return super().fuse(features)
+
+    rows = rows_for({"pgd": PGD(5)}, attacked=[("audio",)])
+    model = tiny_fusion()
+    with torch.no_grad():
+        model.head.weight[:, 60:] *= 1.5  # the same classifier, written without the factor
+    plain = run(tmp_path / "plain", model, rows=rows).read("pgd-audio-0")
+    model = tiny_fusion()
+    model.__class__ = InPlace
+    written = run(tmp_path / "written", model, rows=rows).read("pgd-audio-0")
+    np.testing.assert_allclose(plain["loss"], written["loss"], rtol=1e-3)
+
+
+def test_a_model_that_writes_into_its_inputs_is_an_error(tmp_path):
+    class Rude(nn.Module):
+        def forward(self, inputs):
+            return inputs["visual"].mul_(0.5).flatten(1)[:, :3]
+
+    model = Wrapped(Rude(), specs=SPECS, classes=CLASSES, label_kind="multilabel")
+    with pytest.raises(ValueError, match=r"the model writes into its inputs \(visual\)"):
+        run(tmp_path, model)
+
+
+def test_one_class_cannot_lose_its_top_hit(tmp_path):
+    class One(TinySamples):
+        def load(self, index):
+            sample = super().load(index)
+            return sample._replace(labels=sample.labels[:1])
+
+    samples = One()
+    samples.classes = ("bell",)
+    model = Wrapped(nn.Identity(), specs=SPECS, classes=("bell",), label_kind="multilabel",
+                    call=lambda _, given: given["visual"].flatten(1)[:, :1] - 0.5)  # fmt: skip
+    with pytest.raises(ValueError, match="with one class the highest-scoring class is always that one"):
+        run(tmp_path, model, samples)
+    goal = Untargeted(success="label-set")
+    assert (
+        run(tmp_path, model, samples, rows_for({"fgsm": FGSM()}, eps=["0.6"], goal=goal), goal)
+        .read("fgsm-visual-0")["reached"]
+        .any()
+    )
+
+
+def test_rows_and_goal_must_agree(tmp_path):
+    with pytest.raises(ValueError, match="must attack with the goal that is judged"):
+        run(tmp_path, rows=rows_for(goal=Untargeted(success="misclassified")))
+    with pytest.raises(ValueError, match="the goal is made for multilabel labels, but the model is multiclass"):
+        run(tmp_path, tiny_fusion("multiclass"), TinySamples(label_kind="multiclass"))
+    with pytest.raises(ValueError, match="must hold the clean condition and no condition twice"):
+        run(tmp_path, rows=[CLEAN, CLEAN])
+    with pytest.raises(ValueError, match="needs both an attack and a threat, or neither"):
+        Condition("pgd", ("audio",), 0, PGD())
+    with pytest.raises(ValueError, match="`seed` must not be negative, got -1"):
+        run(tmp_path, seed=-1)
+
+
+def test_folders_that_are_no_run_are_left_alone(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "run.json").write_text('["another tool"]')
+    for name, message in (
+        ("file", "is a file: choose another --out"),
+        ("full", "holds other files"),
+        ("foreign", "is not the record of a run"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / name)
+
+
+def test_a_half_written_file_never_has_its_name(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "part", b"content")
+    assert not (tmp_path / "part").exists()
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    run(tmp_path)
+    (tmp_path / "ledger" / "clean" / ".000000.parquet.1.unfinished").write_bytes(b"half")
+    run(tmp_path)
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_clips_that_went_missing_do_not_spoil_a_run(tmp_path):
+    rows = rows_for({"fgsm": FGSM()})
+    run(tmp_path, rows=rows)
+    Ledger(tmp_path).part("fgsm-audio-0", 0).unlink()
+    gone = TinySamples(broken=dict.fromkeys(TinySamples().ids, "file missing"))
+    with pytest.raises(ValueError, match="gave other scores than today's"):
+        run(tmp_path, samples=gone, rows=rows)
+    run(tmp_path, rows=rows)
+    assert failures(Ledger(tmp_path)) == {}
+
+
+@pytest.mark.parametrize("network", [
+    nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Conv3d(2, 2, 1), nn.Flatten(), nn.Linear(96, 3)),
+], ids=["Conv3d"])  # fmt: skip
+def test_models_that_the_faster_arrangement_does_not_fit_are_attacked_plainly(tmp_path, network):
+    class View(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.head = nn.Conv2d(6, 4, 1), nn.Linear(64, 3)
+
+        def forward(self, frames):
+            maps = self.convolution(frames.flatten(1, 2))
+            return self.head(maps.view(len(maps), -1))
+
+    for name, net, call in (
+        ("view", View(), lambda net, given: net(given["visual"])),
+        ("conv3d", network, lambda net, given: net(given["visual"].flatten(1, 2))),
+    ):
+        model = Wrapped(net, specs={"visual": SPECS["visual"]}, classes=CLASSES, label_kind="multilabel", call=call)
+        rows = conditions({"fgsm": FGSM()}, parse_epsilons(["0.1"], {"visual": SPECS["visual"]}), GOAL)
+        ledger = run(tmp_path / name, model, rows=rows)
+        assert (ledger.read("fgsm-visual-0")["loss"] > ledger.read("clean")["loss"]).all()

@@ -7,12 +7,15 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import TinySamples, tiny_fusion, tiny_specs
+import torch
+from conftest import CLASSES, TinySamples, tiny_fusion, tiny_specs
 from rich.console import Console
 from sklearn.metrics import average_precision_score, roc_auc_score
-from test_harness import Cheat, rows_for, run
+from test_harness import Cheat, Mates, rows_for, run
+from torch import nn
 
 from robustav.attacks import FGSM, PGD, Noise
+from robustav.classifier import Wrapped
 from robustav.goals import Untargeted
 from robustav.ledger import Ledger
 from robustav.metrics.intervals import wilson
@@ -127,7 +130,7 @@ def test_sizes_and_passes_are_in_the_table(report):
 
 
 def test_the_header_says_what_was_run(report):
-    header = dict(report.header)
+    header = next(iter(report.headers.values()))
     assert "0.02 amplitude" in header["threat"]
     assert "0.2 pixel value" in header["threat"]
     assert "top-1 hit lost" in header["goal"]
@@ -202,7 +205,7 @@ def test_skipped_and_unlabelled_clips_are_reported(tmp_path):
     report = build(
         [run(tmp_path, samples=Unlabelled(12, broken={"clip 3": "silent"}), rows=rows_for({"fgsm": FGSM()}))]
     )
-    assert report.skipped.to_dict("records") == [{"model": "LateFusion", "sample": "clip 3", "reason": "silent"}]
+    assert report.skipped.to_dict("records") == [{"run": "LateFusion", "sample": "clip 3", "reason": "silent"}]
     notes = " ".join(report.notes)
     assert "11 of 11 clips have no usable label" in notes
     assert "Label 'Whistle' (1 clip) is no class of the model" in notes
@@ -230,11 +233,69 @@ def test_multiclass_reports_the_drop_of_top1(tmp_path):
     assert row["drop_low"] <= row["drop"] <= row["drop_high"]
 
 
-def test_several_runs_stand_in_one_table(ledger, tmp_path):
-    other = run(tmp_path, samples=TinySamples(20), rows=rows_for({"fgsm": FGSM()}))
+def test_several_runs_stand_in_one_table_each_under_its_own_name_and_epsilon(ledger, tmp_path):
+    other = run(tmp_path, samples=TinySamples(20), rows=rows_for({"fgsm": FGSM()}, eps=["0.3"]))
     both = build([ledger, other])
     assert len(both.table) == len(build([ledger]).table) + len(build([other]).table)
-    assert set(both.table["clips"]) == {20, 30}
+    assert both.table.groupby("run")["clips"].unique().map(list).tolist() in ([[30], [20]], [[20], [30]])
+    assert set(both.headers) == set(both.table["run"]) == {f"LateFusion ({r.folder})" for r in (ledger, other)}
+    whole = json.loads(FORMATS["json"](both))
+    assert [run["data"].split(", ")[-1] for run in whole["runs"].values()] == ["30 of 30 clips", "20 of 20 clips"]
+    for row in FORMATS["md"](both).splitlines():
+        if row.startswith(f"| LateFusion ({other.folder}) | fgsm | both"):
+            assert "0.3 pixel value" in row
+            break
+    else:
+        pytest.fail("the other run's row is not there with its budget")
+    console = Console(width=150, record=True, file=io.StringIO(), force_terminal=True)
+    print_terminal(both, console)
+    text = console.export_text()
+    assert text.count("audit") == 2
+    assert text.index("epsilon: audio linf, 0.2") < text.rindex("audit"), "each run's tables stand under its header"
+    with pytest.raises(ValueError, match="the same run is named twice"):
+        build([ledger, ledger])
+
+
+def test_probabilities_in_place_of_logits_are_pointed_out(tmp_path):
+    model = tiny_fusion()
+    head = model.head
+    model.head = nn.Sequential(head, nn.Sigmoid())
+    notes = build([run(tmp_path, model, TinySamples(30), rows_for({"fgsm": FGSM()}))]).notes
+    assert any("WARNING: every clean score lies between 0 and 1" in note for note in notes)
+
+
+def test_a_ranking_loss_under_a_top1_rule_is_pointed_out(tmp_path):
+    goal = Untargeted(loss_name="ranking")
+    notes = build([run(tmp_path, rows=rows_for({"fgsm": FGSM()}, goal=goal), goal=goal)]).notes
+    assert any("climb bce or top1 instead" in note for note in notes)
+
+
+def test_a_blind_attack_is_pointed_out(tmp_path):
+    model = tiny_fusion()
+    model.encoders["audio"].register_forward_hook(lambda module, given, out: out.detach())
+    notes = build([run(tmp_path, model, rows=rows_for({"fgsm": FGSM()}))]).notes
+    assert any("100.0% of the gradients of fgsm on audio were exactly zero" in note for note in notes)
+
+
+def test_clips_of_no_class_have_no_hit_to_lose(tmp_path):
+    class Empty(TinySamples):
+        def load(self, index):
+            sample = super().load(index)
+            return sample if index % 2 else sample._replace(labels=torch.zeros(3))
+
+    ledger = run(tmp_path, samples=Empty(40), rows=rows_for({"fgsm": FGSM()}))
+    report = build([ledger])
+    scores, labels = matrix(ledger.read("clean"))
+    row = one(report, "clean")
+    assert row["top1_of"] == 20
+    assert row["top1"] == pytest.approx(labels[np.arange(40), scores.argmax(1)][1::2].mean())
+    assert any("20 clips are labelled with no class" in note for note in report.notes)
+
+
+def test_nothing_is_valid_where_the_clean_row_is_not(tmp_path):
+    model = Wrapped(Mates(), specs=tiny_specs(), classes=CLASSES, label_kind="multilabel")
+    ledger = run(tmp_path, model, rows=rows_for({"noise": Noise()}))
+    assert (build([ledger]).table["violations"] > 0).all()
 
 
 def test_an_unfinished_run_says_so(tmp_path):

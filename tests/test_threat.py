@@ -67,6 +67,23 @@ def test_gauge_is_length_over_radius_and_the_largest_modality_counts(norm):
     assert threat.gauge(clean, clean).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize(("norm", "share"), [("linf", 0.999), ("l2", 0.999), ("l1", 0.99)])
+def test_rounding_costs_next_to_nothing_of_the_radius(norm, share):
+    """Also where the radius is tiny beside the input's size: ten seconds of audio at an l1 radius of 0.01."""
+    clean = 0.1 * torch.randn(2, 160_000)
+    budget = Budget(norm, 0.01)
+    far = budget.project(clean, budget.step(clean, clean, torch.randn(2, 160_000), 10.0))
+    assert (budget.gauge(clean, far) <= 1).all()
+    assert (budget.gauge(clean, far) > share).all()
+
+
+def test_quiet_clips_get_the_snr_that_was_asked_for():
+    clean = 1e-4 * torch.randn(2, 160_000)
+    budget = Budget("l2", snr_db=60.0)
+    far = budget.project(clean, clean + torch.randn(2, 160_000))
+    torch.testing.assert_close(snr_db(clean, far), torch.full((2,), 60.0, dtype=torch.float64), rtol=0, atol=0.05)
+
+
 def test_anything_is_infinitely_far_outside_an_empty_budget():
     clean = torch.zeros(2, 3)
     x = torch.tensor([[0.0, 0, 0], [0, 1e-3, 0]])
@@ -171,9 +188,9 @@ def test_lists_of_epsilons():
     [
         ("ten", "epsilon must be a number or a fraction such as 4/255, got 'ten'"),
         ("1/0", "got '1/0'"),
-        ("-0.1", "`epsilon` must be a finite number at or above 0, got -0.1"),
-        ("nan", "at or above 0, got nan"),
-        ("inf", "at or above 0, got inf"),
+        ("-0.1", "`epsilon` must be a finite number at or above 0 .*, got -0.1"),
+        ("nan", "at or above 0 .*, got nan"),
+        ("inf", "at or above 0 .*, got inf"),
         ("smell=0.1", r"names \['smell'\], but the model's modalities are \['audio', 'visual'\]"),
         ("audio=0.1,0.2", "one value a modality"),
         ("", "must be numbers"),
@@ -193,14 +210,9 @@ def test_epsilons_that_are_none(text, message):
         (lambda: Budget("linf", snr_db=30.0), "goes with norm 'l2', got 30.0 with 'linf'"),
         (lambda: Budget("linf", 0.1, low=1.0, high=0.0), "`low` must be below `high`"),
         (lambda: Budget("linf", torch.ones(2, 2)), r"a number or \[batch\], got shape \[2, 2\]"),
-        (lambda: Budget("linf", torch.tensor([0.1, -1.0])), "at or above 0, got -1"),
+        (lambda: Budget("linf", torch.tensor([0.1, -1.0])), "at or above 0 .*, got -1"),
         (lambda: ThreatModel({}), "at least one modality"),
         (lambda: Budget("l2", snr_db=3.0).scaled(0.0), "positive number, got 0.0"),
-        (lambda: ThreatModel({"smell": Budget("linf", 0.1)}).check({"audio": torch.zeros(1, 1)}), "attacks 'smell'"),
-        (
-            lambda: ThreatModel({"audio": Budget("linf", 0.1)}).check({"audio": torch.full((1, 1), 3.0)}),
-            r"must lie in \[-1, 1\], got values from 3 to 3: rescale",
-        ),
     ],
 )
 def test_what_is_no_budget_says_so(make, message):

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from robustav.classifier import InputSpec
 from robustav.data.av_events import SPLITS, AvEvents
-from robustav.data.samples import SkippedError
-from robustav.data.sources import DATA, Progress, load_samples
+from robustav.data.samples import Progress, SkippedError
+from robustav.data.sources import DATA, load_samples
 from robustav.models.zoo import MODELS, load_model
 
 

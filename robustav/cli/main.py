@@ -102,7 +102,7 @@ def attack(
         str, typer.Option(help="untargeted, targeted:CLASS, hide:CLASS,CLASS, inject:CLASS,CLASS, or push-latent.")
     ] = "untargeted",
     loss: Annotated[
-        str | None, typer.Option(help="What to climb: bce or ranking (multi-label), ce or margin (multi-class).")
+        str | None, typer.Option(help="What to climb: bce, ranking or top1 (multi-label), ce or margin (multi-class).")
     ] = None,
     success: Annotated[
         str | None, typer.Option(help="When an untargeted attack has won: top1 (default), label-set or misclassified.")
@@ -159,9 +159,13 @@ def attack(
         seed=seed,
         limit=limit,
     )
-    with Bars(errors) as bars:
-        made = Settings(device=device, strict=strict, keep=keep, progress=bars.attacks, **settings)
-        ledger = evaluation.run(out, made, progress=bars.generation)
+    try:
+        with Bars(errors) as bars:
+            made = Settings(device=device, strict=strict, keep=keep, progress=bars.attacks, **settings)
+            ledger = evaluation.run(out, made, progress=bars.generation)
+    except KeyboardInterrupt:
+        errors.print("stopped: the same command goes on where it was")
+        raise typer.Exit(INTERRUPTED) from None
     if made.shard[1] > 1:
         errors.print(f"shard {shard} done; when all are, print the report with: robustav report {ledger.folder}")
         return
@@ -273,9 +277,6 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         app()
-    except KeyboardInterrupt:
-        errors.print("stopped; the same command goes on where it was")
-        sys.exit(INTERRUPTED)
     except (ValueError, TypeError, FileNotFoundError, OSError) as error:
         if os.environ.get("ROBUSTAV_TRACEBACK"):
             raise

@@ -41,9 +41,9 @@ class Bars:
         """Show `done` of `total` under a bar of its own."""
         self._show(description, description, done, total)
 
-    def attacks(self, done: int, total: int, what: str) -> None:
-        """Show clips x conditions, and the condition in progress."""
-        self._show("attacks", f"attacking: {what}" if what else "attacking", done, total)
+    def attacks(self, what: str, done: int, total: int) -> None:
+        """Show clips x conditions, and the condition in progress, in one bar."""
+        self._show("attacks", what, done, total)
 
     def _show(self, name: str, description: str, done: int, total: int) -> None:
         if name not in self.tasks:

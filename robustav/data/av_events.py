@@ -12,7 +12,6 @@ import math
 import os
 import uuid
 from bisect import bisect_right
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -28,18 +27,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from robustav.classifier import InputSpec, frames, waveform
+from robustav.classifier import InputSpec, LabelKind, frames, waveform
 from robustav.data.av_looks import LOOKS, picture
 from robustav.data.av_sounds import SAMPLE_RATE, SOUNDS, Draws, ticks
 from robustav.data.av_sounds import soundtrack as make_soundtrack
-from robustav.data.samples import LabelKind, Sample
+from robustav.data.samples import Progress, Sample
 
 VERSION = 1  # of the generator: another version makes other scenes
 SPLITS = ("train", "validation", "test")
 BASE = tuple(SOUNDS)
 _NUMBERS = (1, 1, 2, 2, 2, 3, 3)  # of events in a scene, equally likely
-
-Progress = Callable[[str, int, int], None]  # description, done, total
 
 logger = logging.getLogger(__name__)
 

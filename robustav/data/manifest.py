@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from robustav.classifier import InputSpec
+from robustav.classifier import InputSpec, LabelKind
 from robustav.data.clips import NoTrackError, frame_files, natural, read_audio, read_frame_folder, read_frames
-from robustav.data.samples import LabelKind, Sample, SkippedError
+from robustav.data.samples import Sample, SkippedError
 
 COLUMNS = ("id", "path", "audio", "frames", "start", "end", "labels")
 VIDEO_SUFFIXES = frozenset(
@@ -122,12 +122,17 @@ def folder_entries(folder: Path) -> list[Entry]:
     inside = sorted(file for file in inside if not any(part.startswith(".") for part in file.parts))
     if not inside:
         raise ValueError(f"{folder}: no media file in the folder, looked for {', '.join(sorted(MEDIA_SUFFIXES))}")
-    stems = [file.with_suffix("").as_posix() for file in inside]
+    stems = [readable(file.with_suffix("")) for file in inside]
     counts = Counter(stems)
     return [
-        Entry(stem if counts[stem] == 1 else file.as_posix(), folder / file)
+        Entry(stem if counts[stem] == 1 else readable(file), folder / file)
         for stem, file in zip(stems, inside, strict=True)
     ]
+
+
+def readable(path: Path) -> str:
+    """A path as an id; bytes that are no UTF-8 are written out, so that tables and files can hold it."""
+    return path.as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def text_of(path: Path) -> str:

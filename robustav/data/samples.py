@@ -1,11 +1,13 @@
 """What an evaluation reads from: labelled clips by index, and the exception for a clip that cannot be used."""
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-LabelKind = Literal["multilabel", "multiclass"]
+from robustav.classifier import LabelKind
+
+Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
 
 
 class Sample(NamedTuple):

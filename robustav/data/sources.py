@@ -1,19 +1,16 @@
 """Data by name or path, cut to what a model reads."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from robustav.classifier import Classifier
 from robustav.data.av_events import SPLITS, AvEvents
 from robustav.data.manifest import Clips, read_manifest
-from robustav.data.samples import Samples
+from robustav.data.samples import Progress, Samples
 
 DATA: dict[str, str] = {
     "av-events": "synthetic audio-visual scenes, 10 classes, multi-label; generated on first use, no download",
 }
 QUICK_LOOK = 300  # clips of av-events unless a limit is given: half-width of a Wilson interval at most 5.7 points
-
-Progress = Callable[[str, int, int], None]  # description, done, total
 
 
 def load_samples(source: str | None, model: Classifier, progress: Progress | None = None) -> tuple[Samples, int | None]:
@@ -34,9 +31,9 @@ def load_samples(source: str | None, model: Classifier, progress: Progress | Non
                 "name its data with --data MANIFEST"
             )
         for modality, spec in model.specs.items():
-            if modality not in samples.specs or samples.specs[modality].shape != spec.shape:
+            if samples.specs.get(modality) != spec:
                 raise ValueError(
-                    f"this model reads {modality} of shape {list(spec.shape)}, which av-events does not have: "
+                    f"this model reads {modality} as {spec}, which is not how av-events has it: "
                     "name its data with --data MANIFEST"
                 )
         return samples, QUICK_LOOK

@@ -58,7 +58,7 @@ def scores(report: Report, score: str, label: str) -> Figure | None:
 
 def _dots(valid: pd.DataFrame, score: str, label: str) -> Figure:
     rows = valid.iloc[::-1].reset_index(drop=True)
-    models = rows["model"].nunique() > 1
+    models = rows["run"].nunique() > 1
     figure = Figure(figsize=(6.4, 0.28 * len(rows) + 1.1), layout="constrained")
     axis = figure.subplots()
     kinds = ["clean", *dict.fromkeys(valid.loc[valid["attacked"] != "", "attacked"])]
@@ -68,7 +68,7 @@ def _dots(valid: pd.DataFrame, score: str, label: str) -> Figure:
         axis.plot([row[f"{score}_low"], row[f"{score}_high"]], [y, y], color=colour, lw=2.5, alpha=0.5)
         axis.plot(row[score], y, "o", color=colour, ms=5)
     names = [
-        f"{row['model'] + ': ' if models else ''}{row['condition']}{', ' + row['attacked'] if row['attacked'] else ''}"
+        f"{row['run'] + ': ' if models else ''}{row['condition']}{', ' + row['attacked'] if row['attacked'] else ''}"
         for _, row in rows.iterrows()
     ]
     axis.set(yticks=range(len(rows)), yticklabels=names, xlim=(-0.02, 1.02), xlabel=f"{label} (95 % interval)")
@@ -78,15 +78,15 @@ def _dots(valid: pd.DataFrame, score: str, label: str) -> Figure:
 
 def _curves(valid: pd.DataFrame, attacked: pd.DataFrame, score: str, label: str) -> Figure:
     sets = list(dict.fromkeys(attacked["attacked"]))
-    models = list(dict.fromkeys(valid["model"]))
+    models = list(dict.fromkeys(valid["run"]))
     figure = Figure(figsize=(3.1 * len(sets) + 0.6, 2.9 * len(models) + 0.3), layout="constrained")
     axes = figure.subplots(len(models), len(sets), sharey=True, squeeze=False)
     conditions = list(dict.fromkeys(attacked["condition"]))
     colours = dict(zip(conditions, sns.color_palette(THEME["palette"], len(conditions)), strict=True))
     for line, model in zip(axes, models, strict=True):
-        clean = valid[(valid["model"] == model) & (valid["attacked"] == "")]
+        clean = valid[(valid["run"] == model) & (valid["attacked"] == "")]
         for axis, chosen in zip(line, sets, strict=True):
-            rows = attacked[(attacked["model"] == model) & (attacked["attacked"] == chosen)]
+            rows = attacked[(attacked["run"] == model) & (attacked["attacked"] == chosen)]
             budgets = rows.drop_duplicates("level").sort_values("level")
             ticks = [_short_budget(text) for text in budgets["budget"]]
             places = dict(zip(budgets["level"], _places(ticks), strict=True))
@@ -130,7 +130,7 @@ def example(ledger: Ledger, condition: str, clip: Path) -> Figure:
     clean = keep.load(ledger.folder / "kept" / CLEAN.key / clip.name)
     row = {key: record["identity"]["conditions"][condition][key] for key in ("name", "attacked", "budgets")}
     modalities = sorted(clean)
-    rates = {m: record["specs"][m]["sample_rate"] for m in modalities}
+    rates = {m: record["identity"]["specs"][m]["sample_rate"] for m in modalities}
     heights = [2.6 if rates[m] else 1.1 for m in modalities]  # inches: spectrograms, strips of frames
     figure = Figure(figsize=(9.5, sum(heights) + 0.6), layout="constrained")
     axes = figure.subplots(len(modalities), 3, squeeze=False, height_ratios=heights)

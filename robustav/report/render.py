@@ -44,10 +44,15 @@ def label(row: pd.Series, name: str) -> str:
 
 
 def names(report: Report) -> list[str]:
-    """What identifies a row: the model where there are several, then condition, modalities, and epsilon likewise."""
-    several = ["model"] if report.table["model"].nunique() > 1 else []
-    levels = report.table.loc[report.table["attacked"] != "", "level"].nunique() > 1
-    return [*several, "condition", "attacked", *(["budget"] if levels else [])]
+    """What identifies a row: the run where there are several, then condition, modalities, and budgets likewise."""
+    attacked = report.table[report.table["attacked"] != ""]
+    budgets = attacked.groupby("attacked")["budget"].nunique().max() if len(attacked) else 0
+    return [
+        *(["run"] if len(report.headers) > 1 else []),
+        "condition",
+        "attacked",
+        *(["budget"] if budgets > 1 else []),
+    ]
 
 
 def sizes(report: Report) -> dict[str, Callable[[pd.Series], str]]:
@@ -74,26 +79,16 @@ def _decibels(column: str, row: pd.Series) -> str:
 
 
 def terminal(report: Report, digits: int = 3) -> RenderableType:
-    """Header, scores (the interval beneath each), what the attacks used, notes; a table for each epsilon."""
-    header = Table.grid(padding=(0, 2))
-    for key, text in report.header:
-        header.add_row(Text(key, style="bold"), Text(text))
-    parts: list[RenderableType] = [header, Text()]
-    levels = sorted(set(report.table["level"])) if len(report.table) else []
-    several = len(levels) > 2  # the clean row has a level of its own
-    if several:
-        parts.append(_scores(report, report.table[report.table["level"] == levels[0]], digits))
-    for level in levels[1:] or levels:
-        rows = report.table[report.table["level"].isin([level] if several else levels)]
-        if several:
-            parts += [Text(), Text(f"epsilon: {max(rows['budget'], key=len)}", style="bold")]
-        parts.append(_scores(report, rows, digits))
-        if levels[1:]:
-            parts += [
-                Text("\nlargest change, median SNR, longest against its budget, passes a clip, wall time:", style="dim")
-            ]
-            parts.append(_used(report, rows[rows["attacked"] != ""]))
-    parts += [Text()]
+    """For each run a header, then for each epsilon the scores (with intervals beneath) and what the attacks used; notes."""
+    parts: list[RenderableType] = []
+    for run, about in report.headers.items():
+        header = Table.grid(padding=(0, 2))
+        for key, text in about.items():
+            header.add_row(Text(key, style="bold"), Text(text))
+        parts += [header, Text()]
+        if len(report.table):
+            parts += _tables(report, report.table[report.table["run"] == run], digits)
+            parts.append(Text())
     parts += [Text(note, style="bold red" if note.startswith("WARNING") else "dim") for note in report.notes]
     if len(report.skipped):
         skipped = Table("skipped clip", "reason", box=box.SIMPLE, pad_edge=False)
@@ -103,36 +98,54 @@ def terminal(report: Report, digits: int = 3) -> RenderableType:
     return Group(*parts)
 
 
-def _scores(report: Report, rows: pd.DataFrame, digits: int) -> Table:
-    first = [name for name in names(report) if name != "budget"]
+def _tables(report: Report, rows: pd.DataFrame, digits: int) -> list[RenderableType]:
+    """One run's tables; the clean row stands alone above those of several epsilons."""
+    parts: list[RenderableType] = []
+    clean, attacked = rows[rows["attacked"] == ""], rows[rows["attacked"] != ""]
+    if attacked.empty:
+        return [_scores(clean, digits)]
+    several = attacked["level"].nunique() > 1
+    if several:
+        parts.append(_scores(clean, digits))
+    for _, level in attacked.groupby("level"):
+        if several:
+            parts += [Text(), Text(f"epsilon: {max(level['budget'], key=len)}", style="bold")]
+        parts.append(_scores(level if several else rows, digits))
+        parts += [
+            Text("\nlargest change, median SNR, longest against its budget, passes a clip, wall time:", style="dim")
+        ]
+        parts.append(_used(report, level))
+    return parts
+
+
+def _scores(rows: pd.DataFrame, digits: int) -> Table:
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for name in first:
-        table.add_column("on" if name == "attacked" else name, no_wrap=True)
+    for title in ("condition", "on"):
+        table.add_column(title, no_wrap=True)
     # Where it is narrow, AUC makes room: d' says the same.
     shown = {score: title for score, title in SCORES.items() if digits > 2 or score != "AUC"}
     for title in shown.values():
         table.add_column(title, justify="right", no_wrap=True)
     before = None
     for _, row in rows.iterrows():
-        group = row["model"], row["attacked"]
-        if before not in (None, group):
+        if before not in (None, row["attacked"]):
             table.add_section()
-        before = group
+        before = row["attacked"]
         cells = ["\n".join(part for part in cell(row, score, digits) if part) for score in shown]
         style = "bold" if row["condition"] == WORST else ""
-        table.add_row(*(Text(label(row, name)) for name in first), *cells, style=style)
+        table.add_row(Text(row["condition"]), Text(label(row, "attacked")), *cells, style=style)
     return table
 
 
 def _used(report: Report, rows: pd.DataFrame) -> Table:
-    columns, first = sizes(report), [name for name in names(report) if name != "budget"]
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for name in first:
-        table.add_column("on" if name == "attacked" else name, no_wrap=True)
+    for title in ("condition", "on"):
+        table.add_column(title, no_wrap=True)
+    columns = sizes(report)
     for title in columns:
         table.add_column(title, justify="right")
     for _, row in rows.iterrows():
-        table.add_row(*(Text(label(row, name)) for name in first), *(show(row) for show in columns.values()))
+        table.add_row(Text(row["condition"]), Text(label(row, "attacked")), *(show(row) for show in columns.values()))
     return table
 
 
@@ -157,7 +170,11 @@ def _grid(report: Report, join: Callable[[tuple[str, str]], str]) -> tuple[list[
 
 def markdown(report: Report) -> str:
     """GitHub's tables; the interval in brackets behind each score."""
-    lines = ["# Robustness report", "", *(f"- **{key}**: {_escape_md(text)}" for key, text in report.header), ""]
+    lines = ["# Robustness report", ""]
+    for run, about in report.headers.items():
+        if len(report.headers) > 1:
+            lines += [f"## {_escape_md(run)}", ""]
+        lines += [*(f"- **{key}**: {_escape_md(text)}" for key, text in about.items()), ""]
     if len(report.table):
         head, body = _grid(report, lambda pair: f"{pair[0]} [{pair[1]}]" if pair[1] else pair[0])
         lines += ["| " + " | ".join(map(_escape_md, head)) + " |", "|" + " --- |" * len(head)]
@@ -174,7 +191,7 @@ def latex(report: Report) -> str:
     if not len(report.table):
         return "% no clip could be used\n"
     head, body = _grid(report, lambda pair: f"{pair[0]} [{pair[1]}]" if pair[1] else pair[0])
-    lines = [f"% {key}: {text}" for key, text in report.header]
+    lines = [f"% {key}: {text}" for about in report.headers.values() for key, text in about.items()]
     lines += [
         r"\begin{tabular}{" + "l" * len(names(report)) + "r" * (len(head) - len(names(report))) + "}",
         r"\toprule",
@@ -196,7 +213,7 @@ def as_json(report: Report) -> str:
     finite = blanked(report).astype(object)
     rows = [{key: _finite(value) for key, value in row.items()} for row in finite.to_dict("records")]
     whole = {
-        "header": dict(report.header),
+        "runs": report.headers,
         "rows": rows,
         "notes": report.notes,
         "skipped": report.skipped.to_dict("records"),

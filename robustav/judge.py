@@ -1,0 +1,285 @@
+"""The judge: reads the clips of one part, lets an attack try, and trusts nothing that it returns."""
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from robustav import audit, keep
+from robustav.classifier import Classifier, Inputs, Trace, check_modalities
+from robustav.data.samples import Sample, Samples, SkippedError
+from robustav.goals import Goal, label_set
+from robustav.ledger import Ledger
+from robustav.plan import Condition
+from robustav.prepare import AGREEMENT, AttackView, prepare, quick_products
+from robustav.randomness import draws_for
+from robustav.threat import snr_db
+
+log = logging.getLogger(__name__)
+
+
+class Batch(NamedTuple):
+    """Usable clips of one batch, on the device, with what the untouched model says of them."""
+
+    ids: list[str]
+    inputs: Inputs
+    writable: dict[str, Tensor]
+    labels: Tensor
+    labelled: list[bool]
+    clean: Trace
+    held: dict[str, Tensor]  # features of modalities, filled in when first needed
+
+    def cut(self, part: slice) -> "Batch":
+        """Some of its clips."""
+        return Batch(
+            self.ids[part],
+            {m: x[part] for m, x in self.inputs.items()},
+            {m: x[part] for m, x in self.writable.items()},
+            self.labels[part],
+            self.labelled[part],
+            Trace({}, self.clean.latent[part], self.clean.logits[part]),
+            {m: x[part] for m, x in self.held.items()},
+        )
+
+
+class Cost(NamedTuple):
+    """What an attack spent on a batch: passes of the batch, and each clip's share of gradients that were zero."""
+
+    forwards: int
+    backwards: int
+    zero_gradients: list[float]
+
+
+@dataclass
+class Judge:
+    """Reads, attacks, audits and scores for one model and one goal; `kept` names the clips whose examples are stored."""
+
+    model: Classifier
+    samples: Samples
+    goal: Goal
+    seed: int
+    batch_size: int
+    device: torch.device
+    ledger: Ledger
+    strict: bool = False
+    kept: frozenset[str] = frozenset()
+    prepared: Classifier | None = None
+    agreed: set[tuple[str, ...]] = field(default_factory=set)  # attacked sets whose view was held against the model
+
+    def read(self, indices: Sequence[int]) -> tuple[list[Batch], list[dict[str, Any]]]:
+        """Usable clips in batches, and a ledger row for each clip that is not."""
+        usable: list[Sample] = []
+        skipped: list[dict[str, Any]] = []
+        for index in indices:
+            try:
+                usable.append(self.samples.load(index))
+            except SkippedError as reason:
+                if self.strict:
+                    raise ValueError(f"clip {self.samples.ids[index]!r} cannot be used: {reason}") from reason
+                skipped.append({"sample": self.samples.ids[index], "skipped": str(reason)})
+        groups = [usable[i : i + self.batch_size] for i in range(0, len(usable), self.batch_size)]
+        return [self._batch(group) for group in groups], skipped
+
+    def _batch(self, group: Sequence[Sample]) -> Batch:
+        specs = self.model.specs
+        for sample in group:
+            # A clip may have more than the model reads, never less.
+            check_modalities({m: x for m, x in sample.inputs.items() if m in specs}, specs)
+            for modality, spec in specs.items():
+                try:
+                    spec.check(modality, sample.inputs[modality][None])
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"clip {sample.id!r}: {error}") from error
+        ids = [sample.id for sample in group]
+        inputs = {m: torch.stack([s.inputs[m] for s in group]).to(self.device) for m in sorted(specs)}
+        writable = {}
+        for m in specs:
+            if any(m in sample.signal for sample in group):
+                whole = torch.ones(specs[m].shape, dtype=torch.bool)
+                masks = [sample.signal[m].expand_as(whole) if m in sample.signal else whole for sample in group]
+                writable[m] = torch.stack(masks).to(self.device)
+        clean = self.score(inputs, ids)
+        guess = own_labels(clean.logits, self.goal)
+        labels = torch.stack([g if s.labels is None else _as(s, g) for s, g in zip(group, guess, strict=True)])
+        self.goal.check(labels, len(self.model.classes))
+        return Batch(ids, inputs, writable, labels, [s.labels is not None for s in group], clean, {})
+
+    def score(self, inputs: Inputs, ids: Sequence[str]) -> Trace:
+        """The untouched model's word on a batch.
+
+        Raises `ValueError` for scores that are not finite (naming the clip), of the wrong shape, or of a model that
+        writes into its inputs.
+        """
+        shapes = ", ".join(f"{m} {list(x.shape)}" for m, x in inputs.items())
+        versions = {m: x._version for m, x in inputs.items()}
+        try:
+            with torch.no_grad():
+                trace = self.model.trace(inputs)
+        except RuntimeError as error:  # what torch raises for shapes and types that do not go together
+            raise ValueError(f"the model failed on a batch with {shapes}: {error}") from error
+        if written := [m for m, x in inputs.items() if x._version != versions[m]]:
+            raise ValueError(f"the model writes into its inputs ({', '.join(written)}): have it work on a copy")
+        expected = (len(ids), len(self.model.classes))
+        if tuple(trace.logits.shape) != expected:
+            raise ValueError(f"the model must return logits {list(expected)}, got {list(trace.logits.shape)}")
+        bad = ~trace.logits.isfinite().all(1)
+        if bad.any():
+            raise ValueError(
+                f"the model's scores of clip {ids[int(bad.nonzero()[0])]!r} are not finite (NaN or infinite)"
+            )
+        return Trace({}, trace.latent, trace.logits)
+
+    def judge(self, row: Condition, batch: Batch) -> list[dict[str, Any]]:
+        """One condition on one batch: attack, audit, score, score again, and a row for each clip."""
+        goal, size = self.goal.given(batch.clean), len(batch.ids)
+        if row.attack is None or row.threat is None:
+            returned, cost, found = batch.inputs, Cost(0, 0, [0.0] * size), [""] * size
+            gauge, trace = torch.zeros(size), batch.clean
+        else:
+            threat = row.threat.given(clean=batch.clean, writable=batch.writable)
+            returned, cost = self._attack(row, batch)
+            found = audit.violations(batch.inputs, returned, threat, self.model.specs, batch.writable)
+            gauge = threat.gauge(batch.inputs, returned)
+            trace = self.score(returned, batch.ids)
+        # Scored again in reverse order: a score that depends on chance or on batch mates shows itself.
+        again = self.score({m: x.flip(0) for m, x in returned.items()}, batch.ids[::-1])
+        again = Trace({}, again.latent.flip(0), again.logits.flip(0))
+        reached = goal.reached(trace, batch.labels)
+        largest = batch.clean.logits.abs().max().item()
+        rescored = audit.rescore_violations(
+            trace.logits, again.logits, reached, goal.reached(again, batch.labels), largest
+        )
+        found = [audit.join(*words) for words in zip(found, rescored, strict=True)]
+        for i, name in enumerate(batch.ids):
+            if name in self.kept:
+                found[i] = audit.join(
+                    found[i], self._keep(row, batch.cut(slice(i, i + 1)), returned, i, trace, largest)
+                )
+        loss, gap = goal.loss(trace, batch.labels), (trace.logits - again.logits).abs().amax(1)
+        columns: dict[str, Sequence[Any]] = {
+            "sample": batch.ids,
+            "labels": [x.nonzero().flatten().tolist() if x.ndim else [int(x)] for x in batch.labels],
+            "labelled": batch.labelled,
+            "logits": list(trace.logits.float().cpu().numpy()),
+            "loss": loss.tolist(),
+            "reached": reached.tolist(),
+            "gauge": gauge.tolist(),
+            "forwards": [cost.forwards] * size,
+            "backwards": [cost.backwards] * size,
+            "zero_gradients": cost.zero_gradients,
+            "rescore_gap": gap.tolist(),
+            "violation": found,
+            **self._sizes(row, batch, returned),
+        }
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def _attack(self, row: Condition, batch: Batch) -> tuple[Inputs, Cost]:
+        """The attack's answer for one batch, from the prepared copy and with un-attacked modalities held."""
+        if self.prepared is None:
+            self.prepared = prepare(self.model, batch.inputs)
+        with quick_products() if self.device.type == "cpu" else nullcontext():
+            for m, raw in batch.inputs.items():
+                if m not in row.attacked and m not in batch.held:
+                    with torch.no_grad():
+                        batch.held[m] = self.prepared.encode(m, self.prepared.front_end(m, raw))
+            if row.attacked not in self.agreed:
+                self._check_view(row, batch)
+            return self._in_halves(row, batch)
+
+    def _check_view(self, row: Condition, batch: Batch) -> None:
+        """What the attack sees must score as the model does, or it attacks something else. Looks at one clip."""
+        one = batch.cut(slice(0, 1))
+        with torch.no_grad():
+            seen = self._view(row, one)({m: one.inputs[m] for m in row.attacked})
+        own, again = self.score(one.inputs, one.ids).logits, self.score(one.inputs, one.ids).logits
+        allowed = 2 * AGREEMENT * batch.clean.logits.abs().max()
+        if (again - own).abs().max() <= allowed < (seen - own).abs().max():  # a random model is the audit's business
+            raise ValueError(
+                "the model's stages (front_end, encode, fuse, classify) give other scores than the model itself, so an "
+                "attack would be blind to what lies between: put that into a stage, and leave trace and forward alone"
+            )
+        self.agreed.add(row.attacked)
+
+    def _view(self, row: Condition, batch: Batch) -> AttackView:
+        assert self.prepared is not None
+        return AttackView(self.prepared, row.attacked, {m: x for m, x in batch.held.items() if m not in row.attacked})
+
+    def _in_halves(self, row: Condition, batch: Batch) -> tuple[Inputs, Cost]:
+        """The attack on a batch; if a GPU runs out of memory, on its halves."""
+        try:
+            return self._attack_once(row, batch)
+        except torch.cuda.OutOfMemoryError:
+            if len(batch.ids) < 2:
+                raise
+            log.warning("out of GPU memory with %d clips at once: trying halves", len(batch.ids))
+        middle = len(batch.ids) // 2
+        (one, cost), (other, rest) = (
+            self._in_halves(row, batch.cut(part)) for part in (slice(None, middle), slice(middle, None))
+        )
+        returned = {m: torch.cat([one[m], other[m]]) for m in one}
+        return returned, cost._replace(zero_gradients=cost.zero_gradients + rest.zero_gradients)
+
+    def _attack_once(self, row: Condition, batch: Batch) -> tuple[Inputs, Cost]:
+        assert row.attack is not None and row.threat is not None
+        view = self._view(row, batch)
+        threat = row.threat.given(clean=batch.clean, writable=batch.writable)
+        # Copies, since an attack that writes into what it was given would change the clean clips of later conditions.
+        given = {m: batch.inputs[m].clone() for m in row.attacked}
+        draws = draws_for(self.seed, batch.ids, row.name, *row.attacked)
+        try:
+            attacked = row.attack(view, given, batch.labels, threat, draws=draws)
+        except FloatingPointError as error:
+            raise ValueError(f"{row.key} on clips {batch.ids}: {error}") from error
+        returned = {**batch.inputs, **{m: x.detach() for m, x in attacked.items()}}
+        return returned, Cost(view.forwards, view.backwards, view.zero_gradients(len(batch.ids)).tolist())
+
+    def _sizes(self, row: Condition, batch: Batch, returned: Inputs) -> dict[str, list[float]]:
+        """Measured sizes of the perturbation, for each modality: largest value, length in its norm, SNR."""
+        columns: dict[str, list[float]] = {}
+        for m, clean in batch.inputs.items():
+            delta = returned[m].double() - clean.double()
+            columns[f"max_abs_{m}"] = delta.flatten(1).abs().amax(1).tolist()
+            rules = row.threat.budgets[m].rules if row.threat and m in row.threat.budgets else None
+            columns[f"length_{m}"] = rules.length(delta).tolist() if rules else [0.0] * len(batch.ids)
+            columns[f"snr_db_{m}"] = snr_db(clean, returned[m]).tolist()
+        return columns
+
+    def _keep(self, row: Condition, one: Batch, returned: Inputs, i: int, trace: Trace, largest: float) -> str:
+        """Store one clip's example, read it back, audit and score what was read; returns what is wrong with it."""
+        name = one.ids[0]
+        example = {m: x[i] for m, x in returned.items()}
+        folder = keep.store(self.ledger.folder, row.key, name, example, self.model.specs)
+        stored = {m: x[None].to(self.device) for m, x in keep.load(folder).items()}
+        words = ""
+        if row.threat is not None:
+            threat = row.threat.given(writable=one.writable)
+            (words,) = audit.violations(one.inputs, stored, threat, self.model.specs, one.writable)
+        goal, alone = self.goal.given(one.clean), self.score(stored, one.ids)
+        before = Trace({}, trace.latent[i : i + 1], trace.logits[i : i + 1])
+        verdicts = goal.reached(before, one.labels), goal.reached(alone, one.labels)
+        (rescored,) = audit.rescore_violations(before.logits, alone.logits, *verdicts, largest)
+        return audit.join(words and f"as stored: {words}", rescored and f"as stored: {rescored}")
+
+
+def own_labels(logits: Tensor, goal: Goal) -> Tensor:
+    """The model's own prediction as labels, for clips that nobody labelled: its label set, at least its top class."""
+    if goal.label_kind == "multiclass":
+        return logits.argmax(1)
+    top = torch.zeros_like(logits).scatter(1, logits.argmax(1, keepdim=True), 1.0)
+    return torch.maximum(top, label_set(logits, goal.threshold, goal.label_kind).to(logits))
+
+
+def _as(sample: Sample, like: Tensor) -> Tensor:
+    """A clip's labels on the device of `like`; raises `ValueError` for another kind of labels."""
+    labels = sample.labels
+    assert labels is not None
+    if labels.shape != like.shape or labels.is_floating_point() != like.is_floating_point():
+        raise ValueError(
+            f"clip {sample.id!r}: the labels must be {like.dtype} {list(like.shape)} for this kind of model, "
+            f"got {labels.dtype} {list(labels.shape)}"
+        )
+    return labels.to(like)

@@ -1,0 +1,72 @@
+"""What a run is: everything that decides its numbers, and what its reader wants to know beside."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+
+import robustav
+from robustav.classifier import Classifier
+from robustav.data.samples import Samples
+from robustav.goals import Goal
+from robustav.ledger import digest_of
+from robustav.plan import Condition
+
+
+def identity_of(
+    model: Classifier,
+    weights: str,
+    samples: Samples,
+    chosen: Sequence[int],
+    rows: Sequence[Condition],
+    goal: Goal,
+    *,
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Everything that decides a number. A folder with another identity holds another run."""
+    return {
+        "weights": weights,
+        "label_kind": model.label_kind,
+        "classes": list(model.classes),
+        "specs": {
+            m: {"shape": list(s.shape), "low": s.low, "high": s.high, "unit": s.unit, "sample_rate": s.sample_rate}
+            for m, s in model.specs.items()
+        },
+        "data": samples.digest,
+        "clips": digest_of([samples.ids[i] for i in chosen]),
+        "goal": {**goal.settings(), "words": goal.words(model.classes)},
+        "conditions": {row.key: row.describe(model.specs) for row in rows},
+        "seed": seed,
+        "batch_size": batch_size,
+        "device": device.type,
+        "versions": {"robustav": robustav.__version__, "torch": torch.__version__},
+    }
+
+
+def record_of(
+    identity: Mapping[str, Any],
+    model: Classifier,
+    samples: Samples,
+    chosen: Sequence[int],
+    device: torch.device,
+    about: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The identity, and what else a report's header says."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+    return {
+        "identity": dict(identity),
+        "model": type(model).__name__,
+        "about": dict(about or {}),
+        "samples": samples.name,
+        "clips": len(chosen),
+        "clips_in_all": len(samples.ids),
+        "unknown_labels": {k: len(v) for k, v in getattr(samples, "unknown_labels", {}).items()},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": f"{name}, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
