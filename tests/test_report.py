@@ -97,6 +97,7 @@ def test_the_worst_case_is_taken_clip_by_clip_before_averaging(ledger, report):
     assert one(report, "worst case", "audio", 1)["success"] == pytest.approx(reached[fair].mean())
     for level in (0, 1):
         joint = one(report, "worst case", "audio+visual", level)
+        assert joint["forwards"] == 3 * (0 + 1 + 6), "attacks on one modality are candidates of the joint worst case"
         for attacked in ("audio", "visual"):
             assert joint["success"] >= one(report, "worst case", attacked, level)["success"]
 
