@@ -8,7 +8,19 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from jaxtyping import install_import_hook
 
-CHECKED = ["audio", "classifier", "norms", "goals", "threat", "attacks", "audit", "prepare", "models.small", "metrics"]
+CHECKED = [
+    "audio",
+    "classifier",
+    "norms",
+    "losses",
+    "goals",
+    "threat",
+    "attacks",
+    "audit",
+    "prepare",
+    "models.small",
+    "metrics",
+]
 install_import_hook([f"robustav.{name}" for name in CHECKED], "typecheck.checked")
 
 import importlib.util  # noqa: E402

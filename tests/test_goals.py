@@ -15,13 +15,9 @@ from robustav.goals import (
     PushLatent,
     Targeted,
     Untargeted,
-    bce,
-    cross_entropy,
-    margin,
     parse_goal,
-    ranking_margin,
-    top1_margin,
 )
+from robustav.losses import bce, cross_entropy, margin, ranking_margin, top1_margin
 
 NAMES = ("bell", "clap", "kick")
 LOGITS = torch.tensor([[2.0, -1, 0], [-3, -2, -1]])

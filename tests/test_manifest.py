@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from robustav.classifier import InputSpec, frames, waveform
-from robustav.data.manifest import Clips, Entry, read_manifest
+from robustav.data.clips import Clips
+from robustav.data.manifest import Entry, read_manifest
 from robustav.data.samples import SkippedError
 
 BOTH = {"audio": waveform(1), "visual": frames(2, 16)}

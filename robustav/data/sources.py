@@ -4,7 +4,8 @@ from pathlib import Path
 
 from robustav.classifier import Classifier
 from robustav.data.av_events import SPLITS, AvEvents
-from robustav.data.manifest import Clips, read_manifest
+from robustav.data.clips import Clips
+from robustav.data.manifest import read_manifest
 from robustav.data.samples import Progress, Samples
 
 DATA: dict[str, str] = {

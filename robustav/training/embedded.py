@@ -17,7 +17,7 @@ from torch import Tensor
 
 from robustav.classifier import Classifier, Inputs
 from robustav.data.av_events import AvEvents
-from robustav.goals import bce
+from robustav.losses import bce
 from robustav.metrics.intervals import bootstrap, bootstrap_weights, centred_interval, wilson
 from robustav.metrics.tagging import mean_average_precision, top1_hit
 from robustav.models.checkpoints import digest_of_file

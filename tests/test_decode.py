@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from robustav.data.clips import NoTrackError, read_audio, read_frame_folder, read_frames
+from robustav.data.decode import NoTrackError, read_audio, read_frame_folder, read_frames
 from robustav.data.samples import SkippedError
 
 SMALL, LARGE, SOUND = "00W1lcxW-WU_40.000.mp4", "KlsG1EnBEjc_000361.mp4", "BfvyPmVMo_20.000.wav"
