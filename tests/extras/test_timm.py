@@ -10,7 +10,8 @@ from robustav.attacks.ascent import look
 from robustav.classifier import Wrapped, frames
 from robustav.data.samples import Sample
 from robustav.goals import Untargeted
-from robustav.harness import evaluate, failures
+from robustav.harness import evaluate
+from robustav.ledger import failures
 from robustav.plan import conditions
 from robustav.prepare import prepare
 from robustav.randomness import draws_for
