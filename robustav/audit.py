@@ -29,7 +29,7 @@ def violations(
 
     def note(bad: Tensor, words: str, values: Tensor | None = None) -> None:
         for index in bad.nonzero().flatten().tolist():
-            found[index].append(words if values is None else f"{words} {values[index].item():.6g}")
+            found[index].append(words if values is None else f"{words} {values[index].item():.9g}")
 
     for m, x in returned.items():
         if m not in threat.budgets:

@@ -121,6 +121,12 @@ def check_modalities(given: Mapping[str, object], wanted: Mapping[str, object]) 
         raise ValueError(f"`inputs` must have the modalities {sorted(wanted)}, got {sorted(given)}")
 
 
+def check_label_kind(label_kind: str) -> None:
+    """Raise `ValueError` unless it is one of the two."""
+    if label_kind not in ("multilabel", "multiclass"):
+        raise ValueError(f"`label_kind` must be 'multilabel' or 'multiclass', got {label_kind!r}")
+
+
 class LateFusion(Classifier):
     """One encoder a modality, features side by side (in the order of their names), one head on top.
 
@@ -140,6 +146,7 @@ class LateFusion(Classifier):
     ) -> None:
         super().__init__()
         front_ends = front_ends or {}
+        check_label_kind(label_kind)
         check_modalities(encoders, specs)
         if unknown := sorted(front_ends.keys() - encoders.keys()):
             raise ValueError(f"`front_ends` must name modalities among {sorted(encoders)}, got also {unknown}")
@@ -211,6 +218,7 @@ class Wrapped(Classifier):
         latent: str | None = None,
     ) -> None:
         super().__init__()
+        check_label_kind(label_kind)
         self.network, self.call, self.head_name = network, call, latent
         self.specs, self.classes, self.label_kind = dict(specs), tuple(classes), label_kind
         names = [name for name, _ in network.named_modules() if name]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from robustav.attacks import ATTACKS, Attack, Restarts
+from robustav.classifier import Classifier
 from robustav.data.samples import Progress
 from robustav.data.sources import load_samples
 from robustav.goals import parse_goal
@@ -23,7 +24,7 @@ class Evaluation:
     data, 0 is all.
     """
 
-    model: str = "av-fusion"
+    model: str | Classifier = "av-fusion"
     eps: Sequence[str] = ("0.01",)
     data: str | None = None
     checkpoint: Path | None = None
@@ -59,7 +60,10 @@ class Evaluation:
 
         `progress` hears of data being generated, `settings.progress` of the attacks.
         """
-        model, about = load_model(self.model, self.checkpoint, trust_pickle=self.trust_pickle)
+        if isinstance(self.model, Classifier):
+            model, about = self.model, {"model": type(self.model).__name__}
+        else:
+            model, about = load_model(self.model, self.checkpoint, trust_pickle=self.trust_pickle)
         goal = parse_goal(
             self.goal, model.classes, model.label_kind, loss=self.loss, success=self.success, threshold=self.threshold
         )
@@ -74,6 +78,9 @@ class Evaluation:
     def made_attacks(self) -> dict[str, Attack]:
         """The attacks by name, with the steps and restarts that were asked for where an attack has them."""
         made: dict[str, Attack] = {}
+        for wanted, setting, given in (("steps", "steps", self.steps), ("random_start", "restarts", self.restarts - 1)):
+            if given and not any(hasattr(ATTACKS[name](), wanted) for name in self.attacks):
+                raise ValueError(f"`{setting}` has no meaning for {', '.join(self.attacks)}: leave it out")
         for name in self.attacks:
             attack = ATTACKS[name]()
             if self.steps is not None and hasattr(attack, "steps"):
@@ -90,6 +97,9 @@ class Evaluation:
         for text in self.attacked:
             names = tuple(sorted(modalities if text == "both" else {part.strip() for part in text.split("+")}))
             if unknown := [name for name in names if name not in modalities]:
-                raise ValueError(f"cannot attack {unknown[0]!r}: the model's modalities are {', '.join(modalities)}")
+                raise ValueError(
+                    f"cannot attack {unknown[0]!r}: the model's modalities are {', '.join(modalities)} "
+                    "(together: joined by +, or both)"
+                )
             sets.append(names)
         return list(dict.fromkeys(sets))

@@ -119,8 +119,8 @@ class Judge:
         try:
             with torch.no_grad():
                 trace = self.model.trace(inputs)
-        except RuntimeError as error:  # what torch raises for shapes and types that do not go together
-            raise ValueError(f"the model failed on a batch with {shapes}: {error}") from error
+        except Exception as error:  # whatever a user's model raises, it is this batch that it could not take
+            raise ValueError(f"the model failed on a batch with {shapes}: {type(error).__name__}: {error}") from error
         if written := [m for m, x in inputs.items() if x._version != versions[m]]:
             raise ValueError(f"the model writes into its inputs ({', '.join(written)}): have it work on a copy")
         expected = (len(ids), len(self.model.classes))
@@ -145,9 +145,7 @@ class Judge:
             found = audit.violations(batch.inputs, returned, threat, self.model.specs, batch.writable)
             gauge = threat.gauge(batch.inputs, returned)
             trace = self.score(returned, batch.ids)
-        # Scored again in reverse order: a score that depends on chance or on batch mates shows itself.
-        again = self.score({m: x.flip(0) for m, x in returned.items()}, batch.ids[::-1])
-        again = Trace({}, again.latent.flip(0), again.logits.flip(0))
+        again = self._score_again(returned, batch.ids)
         reached = goal.reached(trace, batch.labels)
         largest = batch.clean.logits.abs().max().item()
         rescored = audit.rescore_violations(
@@ -176,6 +174,17 @@ class Judge:
             **self._sizes(row, batch, returned),
         }
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def _score_again(self, inputs: Inputs, ids: Sequence[str]) -> Trace:
+        """The same clips in other company: every second one, then the rest.
+
+        A score that depends on chance or on batch mates, be it on their mean only, shows itself.
+        """
+        order = torch.cat([torch.arange(0, len(ids), 2), torch.arange(1, len(ids), 2)]).to(self.device)
+        groups = [group for group in order.split(-(-len(ids) // 2)) if len(group)]
+        traces = [self.score({m: x[g] for m, x in inputs.items()}, [ids[i] for i in g.tolist()]) for g in groups]
+        back = order.argsort()
+        return Trace({}, torch.cat([t.latent for t in traces])[back], torch.cat([t.logits for t in traces])[back])
 
     def _attack(self, row: Condition, batch: Batch) -> tuple[Inputs, Cost]:
         """The attack's answer for one batch, from the prepared copy and with un-attacked modalities held."""

@@ -120,13 +120,13 @@ class AttackView(Classifier):
     def fuse(self, features: dict[str, Tensor]) -> Tensor:
         self.forwards += 1
         # Copies, since a model may write into what it is given to fuse.
-        return self.model.fuse({**{m: x.clone() for m, x in self.held.items()}, **features})
+        latent = self.model.fuse({**{m: x.clone() for m, x in self.held.items()}, **features})
+        if latent.requires_grad:  # every goal's gradient comes through here, also that of the latent itself
+            latent.register_hook(self._count_backward)
+        return latent
 
     def classify(self, latent: Tensor) -> Tensor:
-        logits = self.model.classify(latent)
-        if logits.requires_grad:
-            logits.register_hook(self._count_backward)
-        return logits
+        return self.model.classify(latent)
 
     def zero_gradients(self, batch: int) -> Tensor:
         """Share of wanted gradients that were exactly zero, or never came, in the worst attacked modality, [batch]."""

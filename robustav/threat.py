@@ -237,6 +237,8 @@ def parse_epsilons(
             raise ValueError(
                 f"--eps must be numbers ('0.001,0.01') or one value a modality ('audio=0.002,visual=4/255'), got {text!r}"
             )
+        if not named and len({bool(DECIBELS.fullmatch(part)) for part in parts}) > 1:
+            raise ValueError(f"--eps {text!r} mixes ratios in dB with radii: give each an --eps of its own")
         if named:
             epsilons.append({m: parse_budget(named[m], spec, norm) for m, spec in specs.items() if m in named})
         else:

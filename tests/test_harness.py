@@ -18,7 +18,7 @@ from robustav import harness, judge, keep
 from robustav.attacks import ATTACKS, FGSM, PGD, Noise
 from robustav.classifier import LateFusion, Wrapped
 from robustav.data.samples import Sample
-from robustav.goals import Untargeted
+from robustav.goals import PushLatent, Untargeted
 from robustav.harness import Settings, choose, evaluate
 from robustav.ledger import Ledger, failures, skipped, write_atomically
 from robustav.plan import CLEAN, Condition, conditions
@@ -93,6 +93,12 @@ def test_passes_are_counted(tmp_path):
         assert set(zip(rows["forwards"], rows["backwards"], strict=True)) == {passes}
 
 
+def test_passes_that_end_at_the_latent_are_counted(tmp_path):
+    goal = PushLatent()
+    rows = run(tmp_path, rows=rows_for({"pgd": PGD(steps=3)}, goal=goal), goal=goal).read("pgd-audio-0")
+    assert set(zip(rows["forwards"], rows["backwards"], strict=True)) == {(4, 3)}
+
+
 def test_the_held_modality_is_encoded_once_a_batch(tmp_path):
     model, calls = tiny_fusion(), []
     encode = type(model).encode
@@ -104,9 +110,9 @@ def test_the_held_modality_is_encoded_once_a_batch(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(model), "encode", counted)
         run(tmp_path, model, rows=rows_for({"pgd": PGD(steps=9)}, attacked=[("audio",)]), batch_size=10)
-    # clean and its second look, the check of the prepared copy (two), once held, the check of the view (two), verdict
-    # and its second look; and nine steps of the attack, with the prepared copy's trial before them
-    assert sum(modality == "visual" for modality, _ in calls) == 9
+    # clean and its second look (in two halves), the check of the prepared copy (two), once held, the check of the view
+    # (two), verdict and its second look (two); and nine steps of the attack, with the prepared copy's trial before them
+    assert sum(modality == "visual" for modality, _ in calls) == 11
     assert sum(modality == "audio" and graph for modality, graph in calls) == 10
 
 
@@ -274,7 +280,15 @@ class Mates(nn.Module):
         return flat - flat[:1]
 
 
-@pytest.mark.parametrize("network", [Noisy(), Mates()], ids=["random", "batch mates"])
+class Mean(nn.Module):
+    """A score that depends on the mean of its batch, as batch norm in train mode does: the order does not show it."""
+
+    def forward(self, inputs):
+        flat = inputs["visual"].flatten(1)[:, :3]
+        return flat - flat.mean(0)
+
+
+@pytest.mark.parametrize("network", [Noisy(), Mates(), Mean()], ids=["random", "batch mates", "batch mean"])
 def test_scores_that_do_not_hold_are_found(tmp_path, network):
     model = Wrapped(network, specs=SPECS, classes=CLASSES, label_kind="multilabel")
     ledger = run(tmp_path, model, rows=rows_for({"noise": Noise()}))

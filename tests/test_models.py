@@ -165,6 +165,10 @@ def make():
 def bare():
     return torch.nn.Linear(1, 1)
 
+def neighbour():
+    import beside
+    return beside.make()
+
 def broken():
     raise RuntimeError("no such weights")
 """
@@ -175,12 +179,18 @@ def test_a_users_own_factory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, about = load_model("own_model.py:make")
     assert (model.classes, about["model"]) == (("a", "b"), "own_model.py:make")
+    (tmp_path / "beside.py").write_text(OWN)
+    assert load_model("own_model.py:neighbour")[0].classes == ("a", "b")
+    torch.save(torch.nn.Linear(160, 2).state_dict(), tmp_path / "own.pt")
+    load_model("own_model.py:make", tmp_path / "own.pt")
+    (tmp_path / "wrong.py").write_text("def make(:")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_model("own_model:make")[0].label_kind == "multiclass"
     for name, message in (
         ("own_model.py:bare", "must return a robustav Classifier, got an nn.Module. Wrap a network as"),
         ("own_model.py:broken", "its factory failed with RuntimeError: no such weights"),
         ("own_model.py:nothing", "has no callable 'nothing'; it has .*make"),
+        ("wrong.py:make", "wrong.py failed with SyntaxError"),
         ("nowhere.py:make", r"there is no file 'nowhere.py'"),
         ("no_such_package.models:make", "cannot import 'no_such_package'"),
         ("av-fussion", "no model 'av-fussion': give one of audio-cnn, visual-cnn"),

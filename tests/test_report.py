@@ -180,6 +180,10 @@ def test_a_row_that_fails_the_audit_is_no_number(tmp_path):
     attacks = {"fgsm": FGSM(), "cheat": Cheat("over budget")}
     cheated = build([run(tmp_path, rows=rows_for(attacks, attacked=[("audio",)]))])
     assert cheated.failed
+    assert any(
+        note.startswith("AUDIT: cheat on audio is not valid: 10 of 10 clips, such as clip 0: audio: length over")
+        for note in cheated.notes
+    )
     row = next(line for line in FORMATS["md"](cheated).splitlines() if line.startswith("| cheat"))
     assert row.count("not valid") == 6
     rows = json.loads(FORMATS["json"](cheated))["rows"]
@@ -255,6 +259,10 @@ def test_several_runs_stand_in_one_table_each_under_its_own_name_and_epsilon(led
     assert text.index("epsilon: audio linf, 0.2") < text.rindex("audit"), "each run's tables stand under its header"
     with pytest.raises(ValueError, match="the same run is named twice"):
         build([ledger, ledger])
+    other.part("fgsm-audio-0", 0).unlink()
+    rest = build([ledger, other])
+    assert any(note.startswith("WARNING") and "is left out" in note for note in rest.notes)
+    assert set(rest.headers) == {f"LateFusion ({ledger.folder})"}
 
 
 def test_probabilities_in_place_of_logits_are_pointed_out(tmp_path):
@@ -316,5 +324,7 @@ def test_figures_are_drawn_for_curves_dots_and_examples(ledger, report, tmp_path
     assert not any(name.startswith("noise") for name in names)
     single = run(tmp_path / "single", rows=rows_for({"fgsm": FGSM()}))
     assert len(draw(build([single]), [single], tmp_path / "dots")) == 2
+    falling = run(tmp_path / "falling", rows=rows_for({"fgsm": FGSM()}, eps=["0.2,0.02"]))
+    assert len(draw(build([falling]), [falling], tmp_path / "curves")) == 2
     assert all(file.stat().st_size > 5000 for file in files)
     assert tiny_specs().keys() == {"audio", "visual"}

@@ -9,6 +9,7 @@ from conftest import batch_of, tiny_specs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from robustav.audit import excess
 from robustav.norms import NORMS
 from robustav.randomness import draws_for
 from robustav.threat import Budget, ThreatModel, parse_budget, parse_epsilons, snr_db
@@ -75,6 +76,15 @@ def test_rounding_costs_next_to_nothing_of_the_radius(norm, share):
     far = budget.project(clean, budget.step(clean, clean, torch.randn(2, 160_000), 10.0))
     assert (budget.gauge(clean, far) <= 1).all()
     assert (budget.gauge(clean, far) > share).all()
+
+
+@pytest.mark.parametrize("ratio", [-20.0, -3.0, 0.0, 5.0, 10.0, 30.0])
+def test_loud_tones_keep_any_snr_that_is_asked_for(ratio):
+    time = torch.arange(160_000) / 16_000
+    clean = torch.stack([0.2 * torch.sin(2 * torch.pi * hertz * time) for hertz in (440, 1000)])
+    budget = Budget("l2", snr_db=ratio)
+    far = budget.project(clean, clean + 5 * torch.randn(2, 160_000))
+    assert (excess(clean, far, budget) <= 1 + 1e-7).all()
 
 
 def test_quiet_clips_get_the_snr_that_was_asked_for():
@@ -193,6 +203,7 @@ def test_lists_of_epsilons():
         ("inf", "at or above 0 .*, got inf"),
         ("smell=0.1", r"names \['smell'\], but the model's modalities are \['audio', 'visual'\]"),
         ("audio=0.1,0.2", "one value a modality"),
+        ("snr=30,20", "mixes ratios in dB with radii"),
         ("", "must be numbers"),
     ],
 )

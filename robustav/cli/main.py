@@ -148,7 +148,7 @@ def attack(
         checkpoint=checkpoint,
         trust_pickle=trust_pickle,
         norm=norm,
-        attacks=[name.strip() for name in attacks.split(",")] if attacks else list(ATTACKS),
+        attacks=[name.strip() for name in attacks.split(",")] if attacks is not None else list(ATTACKS),
         attacked=attacked or [],
         steps=steps,
         restarts=restarts,
@@ -238,7 +238,8 @@ def _print_report(folders: list[Path], chosen: str | None, figures: bool) -> Non
     if figures:
         from robustav.report.figures import draw
 
-        for file in draw(made, ledgers, folders[0] / "figures"):
+        # Those of several runs belong to none of them.
+        for file in draw(made, ledgers, (folders[0] if len(folders) == 1 else Path()) / "figures"):
             errors.print(f"drew {file}", style="dim", soft_wrap=True, highlight=False)
     if made.failed:
         errors.print("the audit failed: see the rows marked 'not valid'", style="bold red")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from robustav.classifier import Classifier
+from robustav.classifier import Classifier, Wrapped
 from robustav.data.av_events import AvEventsConfig
 from robustav.models import small
 from robustav.models.checkpoints import digest_of_file, load_into, read_card, read_checkpoint
@@ -77,7 +77,12 @@ def load_model(
             f"no model {name!r}: give one of {', '.join(MODELS)}, or your own as package.module:factory or file.py:factory"
         )
     if checkpoint is not None:
-        load_into(model, read_checkpoint(checkpoint, trust_pickle=trust_pickle), str(checkpoint))
+        # A user's own weights were saved from the network, before it was wrapped.
+        load_into(
+            model.network if isinstance(model, Wrapped) else model,
+            read_checkpoint(checkpoint, trust_pickle=trust_pickle),
+            str(checkpoint),
+        )
         about |= {"checkpoint": Path(checkpoint).name, "checkpoint_sha256": digest_of_file(checkpoint)}
     return model.eval(), about
 
@@ -91,9 +96,14 @@ def _from_factory(name: str) -> Classifier:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        # Registered, so that the classes in it can be pickled and their source found.
+        # Registered, so that the classes in it can be pickled; its folder on the path, so that it finds its neighbours.
         sys.modules.setdefault(path.stem, module)
-        spec.loader.exec_module(module)
+        if (folder := str(path.parent.resolve())) not in sys.path:
+            sys.path.insert(0, folder)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # a user's file may fail in any way, and the model cannot be had
+            raise ValueError(f"model {name!r}: {path} failed with {type(error).__name__}: {error}") from error
     else:
         try:
             module = importlib.import_module(where)

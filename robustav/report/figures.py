@@ -90,8 +90,9 @@ def _curves(valid: pd.DataFrame, attacked: pd.DataFrame, score: str, label: str)
             budgets = rows.drop_duplicates("level").sort_values("level")
             ticks = [_short_budget(text) for text in budgets["budget"]]
             places = dict(zip(budgets["level"], _places(ticks), strict=True))
-            for condition, points in rows.sort_values("level").groupby("condition", sort=False):
-                x, colour = points["level"].map(places), colours[condition]
+            for condition, points in rows.groupby("condition", sort=False):
+                points = points.assign(place=points["level"].map(places)).sort_values("place")
+                x, colour = points["place"], colours[condition]
                 worst = condition == WORST  # a broad pale line, so that the attack it follows stays visible
                 axis.plot(x, points[score], "-" if worst else "o-", ms=3.5, color=colour, label=condition,
                           lw=5 if worst else 1.5, alpha=0.35 if worst else 1, zorder=1 if worst else 2)  # fmt: skip

@@ -89,7 +89,8 @@ def terminal(report: Report, digits: int = 3) -> RenderableType:
         if len(report.table):
             parts += _tables(report, report.table[report.table["run"] == run], digits)
             parts.append(Text())
-    parts += [Text(note, style="bold red" if note.startswith("WARNING") else "dim") for note in report.notes]
+    alarms = ("WARNING", "AUDIT")
+    parts += [Text(note, style="bold red" if any(word in note for word in alarms) else "dim") for note in report.notes]
     if len(report.skipped):
         skipped = Table("skipped clip", "reason", box=box.SIMPLE, pad_edge=False)
         for _, row in report.skipped.iterrows():

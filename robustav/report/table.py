@@ -62,13 +62,21 @@ def build(ledgers: Sequence[Ledger]) -> Report:
     runs = [n if names.count(n) == 1 else f"{n} ({ledger.folder})" for n, ledger in zip(names, ledgers, strict=True)]
     if repeated := [run for run in runs if runs.count(run) > 1]:
         raise ValueError(f"the same run is named twice: {repeated[0]}")
-    parts = [_build_one(ledger, run) for ledger, run in zip(ledgers, runs, strict=True)]
-    if len(parts) == 1:
-        return parts[0]
+    if len(ledgers) == 1:
+        return _build_one(ledgers[0], runs[0])
+    parts: list[Report] = []
+    missing: list[str] = []
+    for ledger, run in zip(ledgers, runs, strict=True):
+        try:
+            parts.append(_build_one(ledger, run))
+        except FileNotFoundError as error:  # one unfinished run does not keep the others from being read
+            missing.append(f"WARNING: {run} is left out: {error}")
+    if not parts:
+        raise FileNotFoundError("; ".join(missing))
     return Report(
         {run: header for part in parts for run, header in part.headers.items()},
         pd.concat([part.table for part in parts], ignore_index=True),
-        [f"{run}: {note}" for run, part in zip(runs, parts, strict=True) for note in part.notes],
+        missing + [f"{next(iter(part.headers))}: {note}" for part in parts for note in part.notes],
         pd.concat([part.skipped for part in parts], ignore_index=True),
         any(part.failed for part in parts),
     )
@@ -186,7 +194,9 @@ class _Scorer:
         row["forwards"], row["backwards"] = rows["forwards"].mean(), rows["backwards"].mean()
         row["seconds"] = seconds
         row["zero_gradients"] = rows["zero_gradients"].mean()
-        row["violations"] = int((rows["violation"] != "").sum())
+        bad = rows[rows["violation"] != ""]
+        row["violations"] = len(bad)
+        row["example"] = f"{bad['sample'].iloc[0]}: {bad['violation'].iloc[0]}" if len(bad) else ""
         return row
 
     def _against_clean(self, rows: pd.DataFrame, attacked: tuple[str, ...], scores: _Scores) -> dict[str, Any]:
@@ -233,6 +243,8 @@ def _header(record: dict[str, Any], used: int, failed: bool) -> dict[str, str]:
         f" ({record['clips'] - used} skipped)" * (used < record["clips"])
     )
     weights = f"{identity['weights'][:12]}, {record['parameters']:,} parameters"
+    if "card" in about:
+        weights += f", as shipped (file sha256 {about['card']['sha256'][:12]})"
     if "checkpoint" in about:
         weights += f", from {about['checkpoint']} (sha256 {about['checkpoint_sha256'][:12]})"
     return {
@@ -273,6 +285,15 @@ def _notes(record: dict[str, Any], table: pd.DataFrame, clean: pd.DataFrame, sco
             "WARNING: the ranking loss rests once the weakest label is outranked, while success counts the strongest one: "
             "climb bce or top1 instead."
         )
+    for _, row in table[table["violations"] > 0].iterrows():
+        if row["condition"] != WORST and row["example"]:
+            where = f"{row['condition']} on {row['attacked']}" if row["attacked"] else "the clean row"
+            notes.append(
+                f"AUDIT: {where} is not valid: {row['violations']} of {row['clips']} clips, such as {row['example']}"
+            )
+    notes.append(
+        "These attacks are a first look: robust scores are upper bounds, and a stronger attack may lower them."
+    )
     if len(clean) < FEW_CLIPS:
         notes.append(f"Fewer than {FEW_CLIPS} clips: no bootstrap intervals, and mAP, AUC and d' mean little.")
     elif (table["mAP_low"] == table["mAP_high"]).any() or (table["AUC_low"] == table["AUC_high"]).any():
@@ -291,6 +312,13 @@ def _notes(record: dict[str, Any], table: pd.DataFrame, clean: pd.DataFrame, sco
         notes.append(f"Label {label!r} ({count} clip{'s' * (count > 1)}) is no class of the model and was ignored.")
     if len(record["unknown_labels"]) > 10:
         notes.append(f"... and {len(record['unknown_labels']) - 10} more labels that the model lacks.")
+    audio = record["identity"]["specs"].get("audio")
+    if audio and not str(record["samples"]).startswith("av-events"):
+        seconds = audio["shape"][0] / audio["sample_rate"]
+        notes.append(
+            f"The model reads {seconds:g} s: of a longer clip what follows is not tested, a shorter one is padded with "
+            "silence, which no attack touches."
+        )
     if str(record["samples"]).startswith("av-events"):
         notes.append(
             "av-events is synthetic: its scores are for comparing models and attacks, not for any real recording."
@@ -305,7 +333,7 @@ def _notes(record: dict[str, Any], table: pd.DataFrame, clean: pd.DataFrame, sco
     for _, noise in table[table["condition"] == "noise"].iterrows():
         same = attacks[(attacks["attacked"] == noise["attacked"]) & (attacks["level"] == noise["level"])]
         for _, attack in same.iterrows():
-            if attack["success"] < noise["success"]:
+            if attack["success"] < noise["success"] and not attack["violations"] and not noise["violations"]:
                 notes.append(
                     f"WARNING: {attack['condition']} on {attack['attacked']} succeeds less often than random noise of the "
                     "same size: the attack is broken or the gradient is masked."
