@@ -73,13 +73,15 @@ def _dots(valid: pd.DataFrame, score: str, label: str) -> Figure:
     ]
     axis.set(yticks=range(len(rows)), yticklabels=names, xlim=(-0.02, 1.02), xlabel=f"{label} (95 % interval)")
     axis.set_ylim(-0.7, len(rows) - 0.3)
+    if not models:
+        axis.set_title(f"{rows['run'].iloc[0]}, {rows['clips'].iloc[0]} clips", fontsize="medium")
     return figure
 
 
 def _curves(valid: pd.DataFrame, attacked: pd.DataFrame, score: str, label: str) -> Figure:
     sets = list(dict.fromkeys(attacked["attacked"]))
     models = list(dict.fromkeys(valid["run"]))
-    figure = Figure(figsize=(3.1 * len(sets) + 0.6, 2.9 * len(models) + 0.3), layout="constrained")
+    figure = Figure(figsize=(3.1 * len(sets) + 1.6, 2.9 * len(models) + 0.5), layout="constrained")
     axes = figure.subplots(len(models), len(sets), sharey=True, squeeze=False)
     conditions = list(dict.fromkeys(attacked["condition"]))
     colours = dict(zip(conditions, sns.color_palette(THEME["palette"], len(conditions)), strict=True))
@@ -106,7 +108,9 @@ def _curves(valid: pd.DataFrame, attacked: pd.DataFrame, score: str, label: str)
             axis.set_xticks(list(places.values()), ticks, rotation=30, ha="right")
             axis.minorticks_off()
         line[0].set_ylabel(f"{label} (95 % interval)")
-    axes[0, -1].legend(fontsize="small", framealpha=0.9)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    if len(models) == 1:
+        figure.suptitle(f"{models[0]}, {valid['clips'].iloc[0]} clips", fontsize="medium")
     return figure
 
 
@@ -149,7 +153,7 @@ def example(ledger: Ledger, condition: str, clip: Path) -> Figure:
                 image = _spectrogram(axis, values, rates[modality])
                 axis.set_title(title)
                 if values is after:
-                    figure.colorbar(image, ax=axis, label="dB below full scale", shrink=0.9)
+                    figure.colorbar(image, ax=axis, label="dB re full scale", shrink=0.9)
             else:
                 gain = 0.5 / max(float(np.abs(values).max()), 1e-9)
                 changed = values is panels[1]
