@@ -188,8 +188,8 @@ class _Scorer:
         row |= self._against_clean(rows, attacked, scores)
         for m in self.modalities:
             row[f"max_abs_{m}"] = rows[f"max_abs_{m}"].max()
-            touched = rows[f"snr_db_{m}"].replace([np.inf, -np.inf], np.nan)
-            row[f"snr_db_{m}"] = touched.median()
+            touched = rows.loc[np.isfinite(rows[f"snr_db_{m}"]), f"snr_db_{m}"]
+            row[f"snr_db_{m}"] = touched.median() if len(touched) else np.nan
         row["gauge"] = rows["gauge"].max()
         row["forwards"], row["backwards"] = rows["forwards"].mean(), rows["backwards"].mean()
         row["seconds"] = seconds
