@@ -13,7 +13,6 @@ from robustav.metrics.tagging import (
     MacroMean,
     average_precision,
     d_prime,
-    label_set,
     macro_mean,
     mean_average_precision,
     mean_roc_auc,
@@ -156,12 +155,6 @@ def test_top1_hit_takes_the_first_of_ties_and_never_hits_an_empty_label_set():
     assert top1_hit(scores, labels).tolist() == [True, False, True, False, False]
 
 
-def test_label_set_includes_its_threshold():
-    scores = np.array([[0.5, 0.5, 0.5], [0.4, 0.6, 0.5]])
-    assert label_set(scores, 0.5).tolist() == [[True, True, True], [False, True, True]]
-    assert label_set(scores, np.array([0.4, 0.55, np.inf])).tolist() == [[True, False, False], [True, True, False]]
-
-
 @pytest.mark.parametrize("function", [average_precision, roc_auc, mean_average_precision, mean_roc_auc, top1_hit])
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 def test_names_the_first_sample_whose_score_is_not_finite(function, broken):
@@ -169,8 +162,6 @@ def test_names_the_first_sample_whose_score_is_not_finite(function, broken):
     scores[[7, 9], [2, 1]] = broken
     with pytest.raises(ValueError, match=r"first at sample 7, class 2 \(2 of 200 samples"):
         function(scores, labels)
-    with pytest.raises(ValueError, match="first at sample 7"):
-        label_set(scores, 0.5)
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.__name__)
@@ -195,14 +186,9 @@ def test_errors_name_what_is_wrong(metric):
             metric(scores, labels, weights)
 
 
-def test_errors_of_areas_and_thresholds():
+def test_an_area_in_percent_is_an_error():
     with pytest.raises(ValueError, match=r"`auc` must lie in \[0, 1\], got values from 0.5 to 97.5"):
         d_prime(np.array([0.5, 97.5]))
-    scores, _ = simulated()
-    with pytest.raises((ValueError, TypeCheckError), match="thresholds"):
-        label_set(scores, np.zeros(3))
-    with pytest.raises(ValueError, match="`thresholds` must be one number"):
-        label_set(scores, np.nan)
 
 
 def test_inputs_are_not_written_to():

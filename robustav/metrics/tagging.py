@@ -165,24 +165,6 @@ def top1_hit(
     return labels[np.arange(len(scores)), scores.argmax(axis=1)] == 1
 
 
-def label_set(
-    scores: Real[np.ndarray, "sample class"], thresholds: Real[np.ndarray, " class"] | Number
-) -> Bool[np.ndarray, "sample class"]:
-    """The classes declared present: scores that reach the threshold, one for all or one per class, in the scores' unit.
-
-    An infinite threshold declares a class never (inf) or always (-inf).
-
-    >>> label_set(np.array([[0.5, 0.5]]), np.array([0.5, 0.6]))
-    array([[ True, False]])
-    """
-    check_scores(scores)
-    if np.shape(thresholds) not in ((), (scores.shape[1],)) or np.isnan(thresholds).any():
-        raise ValueError(
-            f"`thresholds` must be one number, or one for each of {scores.shape[1]} classes, not NaN, got {thresholds}"
-        )
-    return scores >= thresholds
-
-
 def _weights_or_ones(weights: Real[np.ndarray, " sample"] | None, samples: int) -> Float[np.ndarray, " sample"]:
     """One weight per sample, 1 unless told."""
     if weights is None:
