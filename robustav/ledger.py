@@ -127,7 +127,8 @@ class Ledger:
                     f"({first}: {_short(before.get(first))} there, {_short(now.get(first))} now): choose another --out"
                 )
             return
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        whole = not self.folder.is_dir() or [f for f in self.folder.iterdir() if not f.name.endswith(UNFINISHED)]
+        if self.folder.exists() and whole:  # what a run killed at its very first file left behind is no obstacle
             what = "holds other files" if self.folder.is_dir() else "is a file"
             raise ValueError(f"{self.folder} {what}: choose another --out, a new or an empty folder")
         write_atomically(path, json.dumps(record, indent=1).encode())
