@@ -50,6 +50,8 @@ class Evaluation:
             raise ValueError("`eps` must name at least one epsilon, got none")
         if unknown := [name for name in self.attacks if name not in ATTACKS]:
             raise ValueError(f"no attack {unknown[0]!r}: there are {', '.join(ATTACKS)}")
+        if isinstance(self.model, Classifier) and self.checkpoint is not None:
+            raise ValueError("`checkpoint` goes with a model by name: load the weights into the model that you pass")
         if self.limit is not None and self.limit < 0:
             raise ValueError(f"`limit` must not be negative, got {self.limit}")
 
@@ -71,9 +73,7 @@ class Evaluation:
         rows = conditions(self.made_attacks(), epsilons, goal, self._sets(sorted(model.specs)))
         samples, quick_look = load_samples(self.data, model, progress)
         limit = quick_look if self.limit is None else self.limit or None
-        return evaluate(
-            model, samples, rows, goal, out, seed=self.seed, limit=limit, about=about, settings=settings or Settings()
-        )
+        return evaluate(model, samples, rows, goal, out, seed=self.seed, limit=limit, about=about, settings=settings)
 
     def made_attacks(self) -> dict[str, Attack]:
         """The attacks by name, with the steps and restarts that were asked for where an attack has them."""

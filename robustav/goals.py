@@ -139,8 +139,7 @@ class Untargeted(Goal):
         return LOSSES[self.loss_name].value(trace.logits, labels)
 
     def reached(self, trace: Trace, labels: Tensor) -> Tensor:
-        clean = self.clean.logits if self.clean else None
-        return SUCCESSES[self.success].holds(trace.logits, labels, clean, self.threshold, self.label_kind)
+        return _holds(self, trace, labels)
 
     def words(self, classes: tuple[str, ...]) -> str:
         return f"untargeted, climbing {self.loss_name}; success: {SUCCESSES[self.success].words}"
@@ -225,8 +224,7 @@ class PushLatent(Goal):
         return (trace.latent - 0.99 * self.clean.latent).norm(dim=1)
 
     def reached(self, trace: Trace, labels: Tensor) -> Tensor:
-        clean = self.clean.logits if self.clean else None
-        return SUCCESSES[self.success].holds(trace.logits, labels, clean, self.threshold, self.label_kind)
+        return _holds(self, trace, labels)
 
     def words(self, classes: tuple[str, ...]) -> str:
         return f"push the latent away from its clean place; success: {SUCCESSES[self.success].words}"
@@ -299,6 +297,12 @@ def _class_indices(text: str, classes: tuple[str, ...], goal: str) -> tuple[int,
 def _known(what: str, name: str, known: object) -> None:
     if name not in known:  # type: ignore[operator]
         raise ValueError(f"`{what}` must be one of {sorted(known)}, got {name!r}")  # type: ignore[call-overload]
+
+
+def _holds(goal: Untargeted | PushLatent, trace: Trace, labels: Tensor) -> Tensor:
+    """The declared success rule."""
+    clean = goal.clean.logits if goal.clean else None
+    return SUCCESSES[goal.success].holds(trace.logits, labels, clean, goal.threshold, goal.label_kind)
 
 
 def _choice(goal: Hide | Inject) -> None:

@@ -1,6 +1,7 @@
 """The evaluation as a Python user writes it."""
 
 import pytest
+from conftest import tiny_fusion
 
 from robustav.evaluation import Evaluation
 from robustav.models.zoo import load_model
@@ -32,6 +33,7 @@ def test_steps_and_restarts_reach_the_attacks_that_have_them():
         ({"eps": []}, "at least one epsilon"),
         ({"attacks": ["magic"]}, "no attack 'magic'"),
         ({"limit": -1}, "`limit` must not be negative"),
+        ({"model": tiny_fusion(), "checkpoint": "w.pt"}, "`checkpoint` goes with a model by name"),
     ],
 )
 def test_what_makes_no_sense_is_refused_when_made(settings, message):
