@@ -16,9 +16,10 @@ from robustav import keep
 from robustav.classifier import Classifier
 from robustav.data.samples import Progress, Samples
 from robustav.goals import Goal
-from robustav.judge import Batch, Judge
+from robustav.judge import Judge
 from robustav.ledger import Ledger, digest_of, digest_of_model, schema
 from robustav.plan import CLEAN, Condition
+from robustav.reader import Batch, Reader
 from robustav.record import identity_of, record_of
 
 PART = 32  # clips, or one batch if that is larger: what a kill can cost, for one condition
@@ -106,7 +107,7 @@ def evaluate(
     parts = [chosen[i : i + part_size] for i in range(0, len(chosen), part_size)]
     index, count = settings.shard
     kept = frozenset(samples.ids[i] for i in chosen[: settings.keep])
-    judge = Judge(model, samples, goal, seed, batch_size, device, ledger, settings.strict, kept)
+    judge = Judge(Reader(model, samples, goal, batch_size, device, settings.strict), seed, ledger, kept)
     with as_evaluated(model, device):
         _run(judge, rows, [(n, part) for n, part in enumerate(parts) if n % count == index], settings.progress)
         if digest_of_model(model) != weights:
@@ -153,24 +154,24 @@ def _run(
     judge: Judge, rows: Sequence[Condition], parts: Sequence[tuple[int, Sequence[int]]], progress: Progress
 ) -> None:
     """Every missing part of the ledger, and one look at what is there already."""
-    ledger, columns = judge.ledger, schema(judge.model.specs)
+    ledger, columns = judge.ledger, schema(judge.reader.model.specs)
     done, total = 0, sum(len(part) for _, part in parts) * len(rows)
-    versions = _versions(judge.model)
+    versions = _versions(judge.reader.model)
     for number, indices in parts:
         missing = [row for row in rows if not _has(judge, row, number, indices)]
         done += len(indices) * (len(rows) - len(missing))
         # Even a finished run is looked into once: the model's code may be another than when it was computed.
         if missing or number == parts[0][0]:
             progress("reading clips", done, total)
-            batches, skipped = judge.read(indices)
+            batches, skipped = judge.reader.read(indices)
             _check_resumed(ledger, number, batches)
         for row in missing:
             progress(f"attacking: {row.key}", done, total)
             began = time.perf_counter()
             found = [line for batch in batches for line in judge.judge(row, batch)]
-            if any(module.training for module in judge.model.modules()):
+            if any(module.training for module in judge.reader.model.modules()):
                 _unsound(ledger, "the model put itself into train mode while it was scored")
-            if _versions(judge.model) != versions:
+            if _versions(judge.reader.model) != versions:
                 _unsound(ledger, "the model's parameters or buffers changed while it was evaluated")
             # Seconds first: a part that is there is never timed again.
             ledger.write_seconds(row.key, number, time.perf_counter() - began)
@@ -183,7 +184,7 @@ def _has(judge: Judge, row: Condition, number: int, indices: Sequence[int]) -> b
     """Whether a part is there, and with it the examples that were asked for."""
     if not judge.ledger.has(row.key, number):
         return False
-    wanted = judge.kept & {judge.samples.ids[i] for i in indices}
+    wanted = judge.kept & {judge.reader.samples.ids[i] for i in indices}
     if not wanted:
         return True
     usable = judge.ledger.read_part(row.key, number).query("skipped.isna()")["sample"]

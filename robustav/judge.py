@@ -1,4 +1,4 @@
-"""The judge: reads the clips of one part, lets an attack try, and trusts nothing that it returns."""
+"""The judge: lets an attack try on the clips of one part, and trusts nothing that it returns."""
 
 import logging
 from collections.abc import Sequence
@@ -7,43 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from robustav import audit, keep
-from robustav.classifier import Classifier, Inputs, Trace, check_modalities
-from robustav.data.samples import Sample, Samples, SkippedError
-from robustav.goals import Goal, label_set
+from robustav.classifier import Classifier, Inputs, Trace
 from robustav.ledger import Ledger
 from robustav.plan import Condition
 from robustav.prepare import AGREEMENT, AttackView, prepare, quick_products
 from robustav.randomness import draws_for
+from robustav.reader import Batch, Reader
 from robustav.threat import snr_db
 
 log = logging.getLogger(__name__)
-
-
-class Batch(NamedTuple):
-    """Usable clips of one batch, on the device, with what the untouched model says of them."""
-
-    ids: list[str]
-    inputs: Inputs
-    writable: dict[str, Tensor]
-    labels: Tensor
-    labelled: list[bool]
-    clean: Trace
-    held: dict[str, Tensor]  # features of modalities, filled in when first needed
-
-    def cut(self, part: slice) -> "Batch":
-        """Some of its clips."""
-        return Batch(
-            self.ids[part],
-            {m: x[part] for m, x in self.inputs.items()},
-            {m: x[part] for m, x in self.writable.items()},
-            self.labels[part],
-            self.labelled[part],
-            Trace({}, self.clean.latent[part], self.clean.logits[part]),
-            {m: x[part] for m, x in self.held.items()},
-        )
 
 
 class Cost(NamedTuple):
@@ -56,95 +30,27 @@ class Cost(NamedTuple):
 
 @dataclass
 class Judge:
-    """Reads, attacks, audits and scores for one model and one goal; `kept` names the clips whose examples are stored."""
+    """Attacks, audits and scores what a reader read; `kept` names the clips whose examples are stored."""
 
-    model: Classifier
-    samples: Samples
-    goal: Goal
+    reader: Reader
     seed: int
-    batch_size: int
-    device: torch.device
     ledger: Ledger
-    strict: bool = False
     kept: frozenset[str] = frozenset()
     prepared: Classifier | None = None
     agreed: set[tuple[str, ...]] = field(default_factory=set)  # attacked sets whose view was held against the model
 
-    def read(self, indices: Sequence[int]) -> tuple[list[Batch], list[dict[str, Any]]]:
-        """Usable clips in batches, and a ledger row for each clip that is not."""
-        usable: list[Sample] = []
-        skipped: list[dict[str, Any]] = []
-        for index in indices:
-            try:
-                usable.append(self.samples.load(index))
-            except SkippedError as reason:
-                if self.strict:
-                    raise ValueError(f"clip {self.samples.ids[index]!r} cannot be used: {reason}") from reason
-                skipped.append({"sample": self.samples.ids[index], "skipped": str(reason)})
-        groups = [usable[i : i + self.batch_size] for i in range(0, len(usable), self.batch_size)]
-        return [self._batch(group) for group in groups], skipped
-
-    def _batch(self, group: Sequence[Sample]) -> Batch:
-        specs = self.model.specs
-        for sample in group:
-            # A clip may have more than the model reads, never less.
-            check_modalities({m: x for m, x in sample.inputs.items() if m in specs}, specs)
-            for modality, spec in specs.items():
-                try:
-                    spec.check(modality, sample.inputs[modality][None])
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"clip {sample.id!r}: {error}") from error
-        ids = [sample.id for sample in group]
-        inputs = {m: torch.stack([s.inputs[m] for s in group]).to(self.device) for m in sorted(specs)}
-        writable = {}
-        for m in specs:
-            if any(m in sample.signal for sample in group):
-                whole = torch.ones(specs[m].shape, dtype=torch.bool)
-                masks = [sample.signal[m].expand_as(whole) if m in sample.signal else whole for sample in group]
-                writable[m] = torch.stack(masks).to(self.device)
-        clean = self.score(inputs, ids)
-        guess = own_labels(clean.logits, self.goal)
-        labels = torch.stack([g if s.labels is None else _as(s, g) for s, g in zip(group, guess, strict=True)])
-        self.goal.check(labels, len(self.model.classes))
-        return Batch(ids, inputs, writable, labels, [s.labels is not None for s in group], clean, {})
-
-    def score(self, inputs: Inputs, ids: Sequence[str]) -> Trace:
-        """The untouched model's word on a batch.
-
-        Raises `ValueError` for scores that are not finite (naming the clip), of the wrong shape, or of a model that
-        writes into its inputs.
-        """
-        shapes = ", ".join(f"{m} {list(x.shape)}" for m, x in inputs.items())
-        versions = {m: x._version for m, x in inputs.items()}
-        try:
-            with torch.no_grad():
-                trace = self.model.trace(inputs)
-        except Exception as error:  # whatever a user's model raises, it is this batch that it could not take
-            raise ValueError(f"the model failed on a batch with {shapes}: {type(error).__name__}: {error}") from error
-        if written := [m for m, x in inputs.items() if x._version != versions[m]]:
-            raise ValueError(f"the model writes into its inputs ({', '.join(written)}): have it work on a copy")
-        expected = (len(ids), len(self.model.classes))
-        if tuple(trace.logits.shape) != expected:
-            raise ValueError(f"the model must return logits {list(expected)}, got {list(trace.logits.shape)}")
-        bad = ~trace.logits.isfinite().all(1)
-        if bad.any():
-            raise ValueError(
-                f"the model's scores of clip {ids[int(bad.nonzero()[0])]!r} are not finite (NaN or infinite)"
-            )
-        return Trace({}, trace.latent, trace.logits)
-
     def judge(self, row: Condition, batch: Batch) -> list[dict[str, Any]]:
         """One condition on one batch: attack, audit, score, score again, and a row for each clip."""
-        goal, size = self.goal.given(batch.clean), len(batch.ids)
+        goal, size = self.reader.goal.given(batch.clean), len(batch.ids)
         if row.attack is None or row.threat is None:
             returned, cost, found = batch.inputs, Cost(0, 0, [0.0] * size), [""] * size
             gauge, trace = torch.zeros(size), batch.clean
         else:
             threat = row.threat.given(clean=batch.clean, writable=batch.writable)
             returned, cost = self._attack(row, batch)
-            found = audit.violations(batch.inputs, returned, threat, self.model.specs, batch.writable)
+            found = audit.violations(batch.inputs, returned, threat, self.reader.model.specs, batch.writable)
             gauge = threat.gauge(batch.inputs, returned)
-            trace = self.score(returned, batch.ids)
+            trace = self.reader.score(returned, batch.ids)
         again = self._score_again(returned, batch.ids)
         reached = goal.reached(trace, batch.labels)
         largest = batch.clean.logits.abs().max().item()
@@ -180,17 +86,17 @@ class Judge:
 
         A score that depends on chance or on batch mates, be it on their mean only, shows itself.
         """
-        order = torch.cat([torch.arange(0, len(ids), 2), torch.arange(1, len(ids), 2)]).to(self.device)
+        order = torch.cat([torch.arange(0, len(ids), 2), torch.arange(1, len(ids), 2)]).to(self.reader.device)
         groups = [group for group in order.split(-(-len(ids) // 2)) if len(group)]
-        traces = [self.score({m: x[g] for m, x in inputs.items()}, [ids[i] for i in g.tolist()]) for g in groups]
+        traces = [self.reader.score({m: x[g] for m, x in inputs.items()}, [ids[i] for i in g.tolist()]) for g in groups]
         back = order.argsort()
         return Trace({}, torch.cat([t.latent for t in traces])[back], torch.cat([t.logits for t in traces])[back])
 
     def _attack(self, row: Condition, batch: Batch) -> tuple[Inputs, Cost]:
         """The attack's answer for one batch, from the prepared copy and with un-attacked modalities held."""
         if self.prepared is None:
-            self.prepared = prepare(self.model, batch.inputs)
-        with quick_products() if self.device.type == "cpu" else nullcontext():
+            self.prepared = prepare(self.reader.model, batch.inputs)
+        with quick_products() if self.reader.device.type == "cpu" else nullcontext():
             for m, raw in batch.inputs.items():
                 if m not in row.attacked and m not in batch.held:
                     with torch.no_grad():
@@ -204,7 +110,7 @@ class Judge:
         one = batch.cut(slice(0, 1))
         with torch.no_grad():
             seen = self._view(row, one)({m: one.inputs[m] for m in row.attacked})
-        own, again = self.score(one.inputs, one.ids).logits, self.score(one.inputs, one.ids).logits
+        own, again = self.reader.score(one.inputs, one.ids).logits, self.reader.score(one.inputs, one.ids).logits
         allowed = 2 * AGREEMENT * batch.clean.logits.abs().max()
         if (again - own).abs().max() <= allowed < (seen - own).abs().max():  # a random model is the audit's business
             raise ValueError(
@@ -261,34 +167,14 @@ class Judge:
         """Store one clip's example, read it back, audit and score what was read; returns what is wrong with it."""
         name = one.ids[0]
         example = {m: x[i] for m, x in returned.items()}
-        folder = keep.store(self.ledger.folder, row.key, name, example, self.model.specs)
-        stored = {m: x[None].to(self.device) for m, x in keep.load(folder).items()}
+        folder = keep.store(self.ledger.folder, row.key, name, example, self.reader.model.specs)
+        stored = {m: x[None].to(self.reader.device) for m, x in keep.load(folder).items()}
         words = ""
         if row.threat is not None:
             threat = row.threat.given(writable=one.writable)
-            (words,) = audit.violations(one.inputs, stored, threat, self.model.specs, one.writable)
-        goal, alone = self.goal.given(one.clean), self.score(stored, one.ids)
+            (words,) = audit.violations(one.inputs, stored, threat, self.reader.model.specs, one.writable)
+        goal, alone = self.reader.goal.given(one.clean), self.reader.score(stored, one.ids)
         before = Trace({}, trace.latent[i : i + 1], trace.logits[i : i + 1])
         verdicts = goal.reached(before, one.labels), goal.reached(alone, one.labels)
         (rescored,) = audit.rescore_violations(before.logits, alone.logits, *verdicts, largest)
         return audit.join(words and f"as stored: {words}", rescored and f"as stored: {rescored}")
-
-
-def own_labels(logits: Tensor, goal: Goal) -> Tensor:
-    """The model's own prediction as labels, for clips that nobody labelled: its label set, at least its top class."""
-    if goal.label_kind == "multiclass":
-        return logits.argmax(1)
-    top = torch.zeros_like(logits).scatter(1, logits.argmax(1, keepdim=True), 1.0)
-    return torch.maximum(top, label_set(logits, goal.threshold, goal.label_kind).to(logits))
-
-
-def _as(sample: Sample, like: Tensor) -> Tensor:
-    """A clip's labels on the device of `like`; raises `ValueError` for another kind of labels."""
-    labels = sample.labels
-    assert labels is not None
-    if labels.shape != like.shape or labels.is_floating_point() != like.is_floating_point():
-        raise ValueError(
-            f"clip {sample.id!r}: the labels must be {like.dtype} {list(like.shape)} for this kind of model, "
-            f"got {labels.dtype} {list(labels.shape)}"
-        )
-    return labels.to(like)

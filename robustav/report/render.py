@@ -1,10 +1,8 @@
-"""A report as text: terminal, Markdown, LaTeX, CSV, JSON. Nothing is computed here."""
+"""A robustness report as text: terminal, Markdown, LaTeX, CSV, JSON. Nothing is computed here."""
 
 import json
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pandas as pd
 from rich import box
@@ -13,18 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from robustav.report.table import WORST, Report
+from robustav.report.text import DASH, NONE, escape_md, finite, latex_table, markdown_skipped, markdown_table, number
 
 SCORES = {"mAP": "mAP", "AUC": "AUC", "d_prime": "d'", "top1": "top-1 hit", "success": "success", "drop": "drop"}
 NOT_VALID = "not valid"
-NONE = "-"
-DASH = "\u2013"  # one column wide, and no minus sign
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """A number at fixed precision; a dash where there is none."""
-    if value is None or pd.isna(value):
-        return NONE
-    return f"{value:.{digits}f}" if math.isfinite(value) else ("inf" if value > 0 else "-inf")
 
 
 def cell(row: pd.Series, score: str, digits: int = 3) -> tuple[str, str]:
@@ -174,16 +164,13 @@ def markdown(report: Report) -> str:
     lines = ["# Robustness report", ""]
     for run, about in report.headers.items():
         if len(report.headers) > 1:
-            lines += [f"## {_escape_md(run)}", ""]
-        lines += [*(f"- **{key}**: {_escape_md(text)}" for key, text in about.items()), ""]
+            lines += [f"## {escape_md(run)}", ""]
+        lines += [*(f"- **{key}**: {escape_md(text)}" for key, text in about.items()), ""]
     if len(report.table):
         head, body = _grid(report, lambda pair: f"{pair[0]} [{pair[1]}]" if pair[1] else pair[0])
-        lines += ["| " + " | ".join(map(_escape_md, head)) + " |", "|" + " --- |" * len(head)]
-        lines += ["| " + " | ".join(map(_escape_md, row)) + " |" for row in body]
-    lines += ["", *(f"- {_escape_md(note)}" for note in report.notes)]
-    if len(report.skipped):
-        lines += ["", "| skipped clip | reason |", "| --- | --- |"]
-        lines += [f"| {_escape_md(r['sample'])} | {_escape_md(r['reason'])} |" for _, r in report.skipped.iterrows()]
+        lines += markdown_table(head, body)
+    lines += ["", *(f"- {escape_md(note)}" for note in report.notes)]
+    lines += markdown_skipped(report.skipped)
     return "\n".join(lines) + "\n"
 
 
@@ -193,13 +180,7 @@ def latex(report: Report) -> str:
         return "% no clip could be used\n"
     head, body = _grid(report, lambda pair: f"{pair[0]} [{pair[1]}]" if pair[1] else pair[0])
     lines = [f"% {key}: {text}" for about in report.headers.values() for key, text in about.items()]
-    lines += [
-        r"\begin{tabular}{" + "l" * len(names(report)) + "r" * (len(head) - len(names(report))) + "}",
-        r"\toprule",
-    ]
-    lines += [" & ".join(map(_escape_tex, head)) + r" \\", r"\midrule"]
-    lines += [" & ".join(map(_escape_tex, row)) + r" \\" for row in body]
-    lines += [r"\bottomrule", r"\end{tabular}", *(f"% {note}" for note in report.notes)]
+    lines += [*latex_table(head, body, len(names(report))), *(f"% {note}" for note in report.notes)]
     lines += [f"% skipped {row['sample']}: {row['reason']}" for _, row in report.skipped.iterrows()]
     return "\n".join(lines) + "\n"
 
@@ -211,8 +192,9 @@ def csv(report: Report) -> str:
 
 def as_json(report: Report) -> str:
     """The whole report at full precision; what is not applicable, not valid or not finite is null."""
-    finite = blanked(report).astype(object)
-    rows = [{key: _finite(value) for key, value in row.items()} for row in finite.to_dict("records")]
+    rows = [
+        {key: finite(value) for key, value in row.items()} for row in blanked(report).astype(object).to_dict("records")
+    ]
     whole = {
         "runs": report.headers,
         "rows": rows,
@@ -236,26 +218,3 @@ def blanked(report: Report) -> pd.DataFrame:
 
 
 FORMATS: dict[str, Callable[[Report], str]] = {"md": markdown, "tex": latex, "csv": csv, "json": as_json}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value.item() if hasattr(value, "item") else value
-
-
-def _escape_md(text: str) -> str:
-    return text.replace("|", r"\|").replace("*", r"\*").replace("<", r"\<")
-
-
-def _escape_tex(text: str) -> str:
-    for plain, escaped in (
-        ("\\", r"\textbackslash "),
-        ("&", r"\&"),
-        ("%", r"\%"),
-        ("_", r"\_"),
-        ("#", r"\#"),
-        (DASH, "--"),
-    ):
-        text = text.replace(plain, escaped)
-    return text.replace("|d|", r"$|\delta|$")
