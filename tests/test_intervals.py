@@ -6,11 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from scipy.stats import binom, norm
+from scipy.stats import bootstrap as scipy_bootstrap
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from robustav.metrics import intervals
 from robustav.metrics.intervals import (
     MacroScores,
+    bca_interval,
     bootstrap,
     bootstrap_weights,
     centred_interval,
@@ -176,6 +178,82 @@ def test_centred_interval_moves_the_median_onto_the_point():
     assert np.isnan(centred_interval(1.0, np.array([np.nan]))).all()
 
 
+def leave_one_out_means(sample):
+    return (sample.sum() - sample) / (len(sample) - 1)
+
+
+@pytest.mark.parametrize("level", [0.9, 0.95])
+@pytest.mark.parametrize("turn", [1, -1])
+def test_bca_interval_equals_scipy_on_the_same_resamples(level, turn):
+    sample = turn * np.random.default_rng(0).exponential(size=25)
+    generator = np.random.default_rng(1)
+    theirs = scipy_bootstrap((sample,), np.mean, confidence_level=level, method="BCa", random_state=generator)
+    values = theirs.bootstrap_distribution
+    ours = bca_interval(sample.mean(), values, leave_one_out_means(sample), level)
+    # They interpolate between neighbouring values: 1 or 2 of 9999 apart in the tails.
+    np.testing.assert_allclose(ours, theirs.confidence_interval, atol=0.01)
+    assert np.abs(np.subtract(percentile_interval(values, level), ours)).min() > 0.02
+
+
+def test_bca_interval_shares_worked_out_by_hand():
+    values = np.arange(1.0, 1000.0)
+    jackknife = np.array([0.0, 0.0, 0.0, 3.0])  # distances 3/4 three times and -9/4
+    acceleration = (3 * 27 - 729) / 64 / (6 * (108 / 16) ** 1.5)
+    bias = norm.ppf(599.5 / 999)
+    shares = [norm.cdf(bias + (bias + z) / (1 - acceleration * (bias + z))) for z in norm.ppf([0.025, 0.975])]
+    low, high = bca_interval(600.0, values, jackknife)
+    assert low == np.floor(1000 * shares[0]) and high == np.ceil(1000 * shares[1])
+    # The mirror image of everything is the mirror image of the interval.
+    assert bca_interval(-600.0, -values, -jackknife) == (-high, -low)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.95])
+def test_bca_interval_without_bias_or_skewness_is_the_percentile_interval(level):
+    values = np.random.default_rng(0).permutation(np.arange(999.0))
+    symmetric = np.array([1.0, 2.0, 3.0])
+    for jackknife in (symmetric, np.full(5, 0.1), np.full(5, 1 / 3) + 1e-17, np.append(symmetric, np.nan)):
+        assert bca_interval(499.0, values, jackknife, level) == percentile_interval(values, level)
+    assert bca_interval(499.0, np.append(values, np.nan), symmetric, level) == percentile_interval(values, level)
+
+
+def test_bca_interval_of_values_that_are_all_equal():
+    assert bca_interval(2.0, np.full(50, 2.0), np.arange(5.0)) == (2, 2)
+    assert np.isnan(bca_interval(2.5, np.full(50, 2.0), np.arange(5.0))).all()
+
+
+def test_bca_interval_is_nan_where_its_corrections_cannot_be_told():
+    values, jackknife = np.arange(99.0), np.arange(5.0)
+    for point in (-1.0, 99.0, np.nan, np.inf):
+        assert np.isnan(bca_interval(point, values, jackknife)).all()
+    for nothing in (np.array([]), np.full(5, np.nan), np.full(5, np.inf)):
+        assert np.isnan(bca_interval(50.0, values, nothing)).all()
+    assert np.isnan(bca_interval(50.0, np.full(5, np.nan), jackknife)).all()
+    assert np.isnan(bca_interval(50.0, np.array([]), jackknife)).all()
+
+
+def test_bca_interval_stays_within_the_values_at_extremes():
+    values, jackknife = np.arange(99.0), np.array([0.0] * 99 + [1.0])
+    for point in (0.0, 98.0):
+        for sign in (1, -1):
+            low, high = bca_interval(point, values, sign * jackknife, level=1 - 1e-12)
+            assert 0 <= low <= high <= 98
+    assert bca_interval(98.0, values, -jackknife, level=1 - 1e-12).high == 98
+    assert bca_interval(0.0, np.array([-np.inf, 0.0, np.inf]), jackknife) == (-np.inf, np.inf)
+
+
+def test_bca_interval_of_a_skewed_mean_misses_less_on_the_long_side():
+    samples = 20
+    generator = np.random.default_rng(0)
+    too_low = np.zeros(2)
+    for run in range(300):
+        sample = generator.exponential(size=samples)
+        values = bootstrap_weights(samples, 399, seed=run) @ sample / samples
+        intervals = bca_interval(sample.mean(), values, leave_one_out_means(sample)), percentile_interval(values)
+        too_low += [high < 1 for low, high in intervals]
+    bca, percentile = too_low / 300  # 0.025 would be right
+    assert 0.02 < bca < percentile - 0.01
+
+
 def test_bootstrap_intervals_cover():
     runs, samples, classes = 250, 200, 16
     separations = np.linspace(0.5, 2, classes)
@@ -283,6 +361,8 @@ def test_errors_name_what_is_wrong():
             wilson(1, 2, level)
         with pytest.raises(ValueError, match="`level` must lie between 0 and 1"):
             percentile_interval(clean.map, level)
+        with pytest.raises(ValueError, match="`level` must lie between 0 and 1"):
+            bca_interval(0.5, clean.map, clean.map, level)
     with pytest.raises(ValueError, match="`only_first` and `only_second` must be counts, got -1 and 2"):
         mcnemar(-1, 2)
     with pytest.raises(ValueError, match=r"`p_values` must lie in \[0, 1\]"):
