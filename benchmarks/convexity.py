@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from robustav.metrics.convexity import class_scores, interior, li2022
-from robustav.metrics.segments import Pairs, draw_pairs, margins_along
+from robustav.metrics.pairs import Pairs, draw_pairs
+from robustav.metrics.segments import margins_along
 from robustav.prepare import quick_products
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"

@@ -36,18 +36,8 @@ from robustav.metrics.convexity import (
     soft,
     typical_distance,
 )
-from robustav.metrics.segments import (
-    Noise,
-    Pairs,
-    class_margins,
-    draw_flip_pairs,
-    draw_pairs,
-    end_margins,
-    margins_along,
-    ordered_pairs,
-    sample_logits,
-    swapped_margins,
-)
+from robustav.metrics.pairs import Pairs, draw_flip_pairs, draw_pairs, ordered_pairs
+from robustav.metrics.segments import Noise, class_margins, end_margins, margins_along, sample_logits, swapped_margins
 
 
 def seeded(seed=0):

@@ -9,17 +9,14 @@ from conftest import batch_of, tiny_fusion, tiny_specs
 from scipy.stats import chisquare, kstest
 from torch import nn
 
-from robustav.metrics import segments
+from robustav.metrics import segments, shortcuts
+from robustav.metrics.pairs import Pairs, draw_flip_pairs, draw_pairs, ordered_pairs
 from robustav.metrics.segments import (
     Noise,
-    Pairs,
     at_thresholds,
     class_margins,
-    draw_flip_pairs,
-    draw_pairs,
     end_margins,
     margins_along,
-    ordered_pairs,
     sample_logits,
     swapped_margins,
 )
@@ -160,7 +157,7 @@ def test_other_thresholds_need_no_second_pass():
 def test_sample_logits_are_those_of_a_single_pass(monkeypatch):
     head, z = mlp(), latents()
     expected = head(z).detach()
-    monkeypatch.setattr(segments, "CHUNK", {"cpu": (7, 10**6)})
+    monkeypatch.setattr(shortcuts, "CHUNK", {"cpu": (7, 10**6)})
     found = sample_logits(lambda parts: head(parts["z"]), {"z": z})
     torch.testing.assert_close(found, expected)
     assert not found.is_inference()
@@ -411,13 +408,13 @@ HEADS = {
 @pytest.fixture
 def taken(monkeypatch):
     """The shortcuts that were found good, call by call."""
-    found, search = [], segments._shortcuts
+    found, search = [], segments.shortcuts_of
 
     def spy(*given, **options):
         found.append(search(*given, **options))
         return found[-1]
 
-    monkeypatch.setattr(segments, "_shortcuts", spy)
+    monkeypatch.setattr(segments, "shortcuts_of", spy)
     return found
 
 
@@ -505,8 +502,8 @@ def test_tables_must_pay_and_fit(taken, monkeypatch):
         return margins_along(*given, label_kind="multilabel", module=head)
 
     along(), along(slice(3))
-    monkeypatch.setattr(segments, "TABLE_BYTES", 0)
-    monkeypatch.setattr(segments, "TABLE_SHARE", 1)  # the hidden layer is wider than that
+    monkeypatch.setattr(shortcuts, "TABLE_BYTES", 0)
+    monkeypatch.setattr(shortcuts, "TABLE_SHARE", 1)  # the hidden layer is wider than that
     along()
     assert [bool(shortcuts.tables) for shortcuts in taken] == [True, False, False]
 

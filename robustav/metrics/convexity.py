@@ -14,7 +14,8 @@ from torch import Tensor
 
 from robustav.metrics.latents import checked
 from robustav.metrics.neighbours import nearest_within
-from robustav.metrics.segments import Pairs, Parts
+from robustav.metrics.pairs import Pairs
+from robustav.metrics.shortcuts import Parts
 
 SIGMAS = (0.5, 1.0, 2.0, 4.0)  # noise of `hardened`, in typical distances
 

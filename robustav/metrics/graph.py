@@ -12,7 +12,7 @@ from torch import Tensor
 from robustav.metrics.convexity import Terms
 from robustav.metrics.latents import checked
 from robustav.metrics.neighbours import nearest_within
-from robustav.metrics.segments import Pairs, draw_pairs
+from robustav.metrics.pairs import Pairs, draw_pairs
 
 CHUNK_BYTES = 2**26  # of distances and predecessors, 12 bytes for each source and sample
 

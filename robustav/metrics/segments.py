@@ -1,34 +1,30 @@
-"""Segments between samples of one class: which pairs to join, and what a network says of points along them."""
+"""Segments between samples: what a network says of points along them."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812  (the name that every PyTorch reader knows)
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from robustav.classifier import LabelKind, check_label_kind
+from robustav.classifier import LabelKind
+from robustav.metrics.pairs import Pairs
+from robustav.metrics.shortcuts import (
+    PLAIN,
+    Finish,
+    Parts,
+    Stream,
+    finished,
+    lead,
+    points_at_a_time,
+    shortcuts_of,
+    some,
+)
 from robustav.prepare import quick_products
 
-Parts = dict[str, Tensor]  # where the network is cut: part name -> [sample, ...]
-Finish = Callable[[Parts], Tensor]  # the rest of the network: parts of a batch of points -> logits [point, class]
-
-CHUNK = {"cpu": (2**11, 2**19), "gpu": (2**17, 2**28)}  # points at a time and values that they may hold
 NOISE_BLOCK = 2**18  # values drawn at a time, whatever the chunk
-PROBES = 32  # pairs on which a shortcut must agree with the plain way
-ROUNDING = 128  # of the dtype's epsilons, relative to the largest value: what may be called the same
-TABLE_SHARE, TABLE_BYTES = 4, 2**28  # tables may take this many times the mixed parts' memory, or this much
-
-
-class Pairs(NamedTuple):
-    """Samples `first` and `second`, and the class in whose name they are joined."""
-
-    first: Int[Tensor, " pair"]
-    second: Int[Tensor, " pair"]
-    cls: Int[Tensor, " pair"]
 
 
 class Noise(NamedTuple):
@@ -39,62 +35,6 @@ class Noise(NamedTuple):
 
     scales: Mapping[str, float]
     generator: torch.Generator
-
-
-def draw_pairs(labels: Bool[Tensor, "sample class"], count: int, generator: torch.Generator) -> Pairs:
-    """Of each class, `count` ordered pairs of different members, uniform and with replacement, in order of class.
-
-    A class with fewer than two members gets none.
-
-    >>> labels = torch.tensor([[True, False], [True, True], [True, False]])
-    >>> draw_pairs(labels, 4, torch.Generator().manual_seed(0)).cls
-    tensor([0, 0, 0, 0])
-    """
-
-    def draw(inside: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        if len(inside) < 2:
-            return inside[:0], inside[:0]
-        first = _randint(len(inside), count, generator)
-        second = _randint(len(inside) - 1, count, generator)
-        return inside[first], inside[second + (second >= first)]
-
-    return _per_class(labels, count, draw)
-
-
-def draw_flip_pairs(labels: Bool[Tensor, "sample class"], count: int, generator: torch.Generator) -> Pairs:
-    """Of each class, `count` pairs of a member and a sample that is none, uniform and with replacement.
-
-    A class without members, or with no one outside it, gets none.
-
-    >>> draw_flip_pairs(torch.tensor([[True], [False], [True]]), 3, torch.Generator().manual_seed(0)).second
-    tensor([1, 1, 1])
-    """
-
-    def draw(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
-        if not len(inside) or not len(outside):
-            return inside[:0], inside[:0]
-        return inside[_randint(len(inside), count, generator)], outside[_randint(len(outside), count, generator)]
-
-    return _per_class(labels, count, draw)
-
-
-def ordered_pairs(labels: Bool[Tensor, "sample class"], count: int) -> Pairs:
-    """Of each class, the first `count` ordered pairs in the order of their sample numbers: (0, 1), (0, 2), ..., (1, 0).
-
-    The order of the code released with Li et al. (2022, arXiv:2203.12122), for comparison only: a class of more than
-    `count` members is measured from a single sample. A small class gives fewer pairs than `count`.
-
-    >>> ordered_pairs(torch.tensor([[True], [False], [True], [True]]), 4)[:2]
-    (tensor([0, 0, 2, 2]), tensor([2, 3, 0, 3]))
-    """
-
-    def order(inside: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        others = len(inside) - 1
-        number = torch.arange(min(count, len(inside) * others))
-        first, second = number // max(others, 1), number % max(others, 1)
-        return inside[first], inside[second + (second >= first)]
-
-    return _per_class(labels, count, order)
 
 
 def class_margins(
@@ -114,7 +54,7 @@ def class_margins(
     tensor([ 1., -3.])
     """
     rows = torch.arange(len(logits), device=logits.device)
-    return _lead(logits, rows, cls, label_kind) - _offsets(thresholds, cls, label_kind).to(logits)
+    return lead(logits, rows, cls, label_kind) - _offsets(thresholds, cls, label_kind).to(logits)
 
 
 def end_margins(
@@ -131,7 +71,7 @@ def end_margins(
     tensor([[2., 0.]])
     """
     first, second, cls = (field.to(logits.device) for field in pairs)
-    ends = torch.stack([_lead(logits, rows, cls, label_kind) for rows in (first, second)], dim=1)
+    ends = torch.stack([lead(logits, rows, cls, label_kind) for rows in (first, second)], dim=1)
     return ends - _offsets(thresholds, cls, label_kind).to(logits)[:, None]
 
 
@@ -154,9 +94,9 @@ def sample_logits(finish: Finish, parts: Parts) -> Float[Tensor, "sample class"]
     tensor([[2., 0.],
             [0., 2.]])
     """
-    samples, step = _check_parts(parts), _points_at_a_time(parts)
+    samples, step = _check_parts(parts), points_at_a_time(parts)
     with _quickly(parts):
-        logits = torch.cat([_finished(finish, _some(parts, i, i + step)) for i in range(0, samples, step)])
+        logits = torch.cat([finished(finish, some(parts, i, i + step)) for i in range(0, samples, step)])
     return logits.clone()  # outside, so that it may enter a gradient
 
 
@@ -201,11 +141,11 @@ def margins_along(
         return weights
     count = weights.shape[1]
     block = max(1, NOISE_BLOCK // (count * max(1, sum(parts[name][0].numel() for name in noisy))))
-    step = max(1, (chunk or _points_at_a_time(parts)) // count)
+    step = max(1, (chunk or points_at_a_time(parts)) // count)
     step = block * math.ceil(step / block) if noise else step
-    stream = _Stream(finish, parts, between, pairs, weights, label_kind)
+    stream = Stream(finish, parts, between, pairs, weights, label_kind)
     with _quickly(parts):
-        shortcuts = _shortcuts(stream, module, hoist=noise is None) if module is not None else PLAIN
+        shortcuts = shortcuts_of(stream, module, hoist=noise is None) if module is not None else PLAIN
         with stream.taking(shortcuts):
             found = []
             for rows in torch.arange(len(weights), device=like.device).split(step):
@@ -240,177 +180,6 @@ def swapped_margins(
     ).squeeze(1)
 
 
-class _Shortcuts(NamedTuple):
-    """What need not be computed at every point: `tables` hold what layers give for the samples, `last` the logits."""
-
-    tables: dict[nn.Linear, Tensor]
-    last: nn.Linear | None
-
-
-PLAIN = _Shortcuts({}, None)
-
-
-class _Stream:
-    """Points along pairs on their way through the rest of a network, with or without shortcuts."""
-
-    def __init__(
-        self, finish: Finish, parts: Parts, mixed: set[str], pairs: Pairs, weights: Tensor, label_kind: LabelKind
-    ) -> None:
-        self.finish, self.parts, self.mixed, self.label_kind = finish, parts, mixed, label_kind
-        self.pairs, self.weights = pairs, weights
-        self.classes = int(pairs.cls.max()) + 1
-        self.shortcuts = PLAIN
-        self.rows = self.own = pairs.cls[:0]  # of the chunk under way: its pairs, and their classes
-
-    def leads(self, rows: Tensor, noise: Parts) -> Tensor:
-        """Margins of the points along these pairs, before thresholds."""
-        self.rows, cls, needed = rows, self.pairs.cls[rows], self.classes
-        if self.shortcuts.last is not None:
-            self.own, cls = cls.unique(return_inverse=True)
-            needed = len(self.own)
-        given = self.points(rows, self.weights[rows])
-        for name, x in noise.items():
-            given[name] = given[name] + x
-        logits = _finished(self.finish, given, needed)
-        everywhere = torch.arange(len(logits), device=logits.device)
-        cls = cls.repeat_interleave(self.weights.shape[1])
-        return _lead(logits, everywhere, cls, self.label_kind).view(len(rows), -1)
-
-    def points(self, rows: Tensor, weights: Tensor) -> Parts:
-        """The parts at points along these pairs; nan, which spoils what looks at it, where tables stand in for them."""
-        first, second, given = self.pairs.first[rows], self.pairs.second[rows], {}
-        for name, x in self.parts.items():
-            if name not in self.mixed:
-                given[name] = x[first].repeat_interleave(weights.shape[1], dim=0)
-            elif self.shortcuts.tables:
-                given[name] = x.new_full((), torch.nan).expand(weights.numel(), *x.shape[1:])
-            else:
-                given[name] = _mix(x[first], x[second], weights)
-        return given
-
-    @contextmanager
-    def taking(self, shortcuts: _Shortcuts) -> Iterator[None]:
-        """Take these shortcuts inside; every layer is afterwards as it was."""
-
-        def hoisted(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-            def forward(_: Tensor) -> Tensor:
-                table, rows = shortcuts.tables[layer], self.rows
-                first, second = table[self.pairs.first[rows]], table[self.pairs.second[rows]]
-                if layer is shortcuts.last:
-                    first, second = first[:, self.own], second[:, self.own]
-                return _mix(first, second, self.weights[rows])
-
-            return forward
-
-        def own_classes(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
-            weight, bias = layer.weight, layer.bias
-            return lambda hidden: F.linear(hidden, weight[self.own], None if bias is None else bias[self.own])
-
-        forwards = {layer: hoisted(layer) for layer in shortcuts.tables}
-        if shortcuts.last is not None:
-            forwards.setdefault(shortcuts.last, own_classes(shortcuts.last))
-        before = {layer: layer.__dict__.get("forward") for layer in forwards}
-        try:
-            self.shortcuts = shortcuts
-            for layer, forward in forwards.items():
-                layer.forward = forward  # type: ignore[assignment, method-assign]
-            yield
-        finally:
-            self.shortcuts = PLAIN
-            for layer, own in before.items():
-                layer.__dict__.pop("forward", None)
-                if own is not None:
-                    layer.forward = own  # type: ignore[method-assign]
-
-
-def _shortcuts(stream: _Stream, module: nn.Module, *, hoist: bool) -> _Shortcuts:
-    """Those that agree with the plain way on pairs spread over all of them."""
-    rows = torch.linspace(0, len(stream.weights) - 1, PROBES, device=stream.weights.device).long()
-    try:
-        plain = stream.leads(rows, {})
-        found = _candidates(stream, module, rows, hoist)
-    except Exception:  # a network may object to being looked into, and the plain way says what is wrong with the rest
-        return PLAIN
-    for shortcuts in (found, found._replace(last=None), found._replace(tables={})):
-        if shortcuts != PLAIN:
-            with stream.taking(shortcuts):
-                try:
-                    if _same(stream.leads(rows, {}), plain, plain.abs().max()):
-                        return shortcuts
-                except Exception:  # it looks at the logits' shape, say
-                    continue
-    return PLAIN
-
-
-def _candidates(stream: _Stream, module: nn.Module, rows: Tensor, hoist: bool) -> _Shortcuts:
-    """The layer that yields the logits, and tables of the layers that mixed parts reach unbent."""
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    beyond = torch.linspace(-2, 3, PROBES).to(stream.weights)[:, None]  # what bends on a line, bends outside too
-    ends = [{name: x[side[rows]] for name, x in stream.parts.items()} for side in stream.pairs[:2]]
-    (first, _), (second, _), (mixes, last) = (
-        _watch(stream.finish, given, layers) for given in (*ends, stream.points(rows, beyond))
-    )
-    own = last if stream.label_kind == "multilabel" and last in mixes else None
-    samples = len(next(iter(stream.parts.values())))
-    if not hoist or stream.weights.numel() < samples:
-        return _Shortcuts({}, own)
-    straight = []
-    for layer in mixes.keys() & first.keys() & second.keys():
-        a, b, got = first[layer], second[layer], mixes[layer]
-        if len(a) == len(b) == len(got) == PROBES:
-            scale = (beyond.abs().max() + 1) * torch.maximum(a.abs().max(), b.abs().max())
-            if _same(got, _mix(a, b, beyond), scale):
-                straight.append(layer)
-    size = sum(mixes[layer][0].numel() * mixes[layer].element_size() for layer in straight) * samples
-    limit = max(
-        TABLE_BYTES, TABLE_SHARE * sum(stream.parts[m].numel() * stream.parts[m].element_size() for m in stream.mixed)
-    )
-    if not straight or size > limit:
-        return _Shortcuts({}, own)
-    step = _points_at_a_time(stream.parts)
-    seen = [_watch(stream.finish, _some(stream.parts, i, i + step), straight)[0] for i in range(0, samples, step)]
-    return _Shortcuts({layer: torch.cat([outputs[layer] for outputs in seen]) for layer in straight}, own)
-
-
-def _watch(finish: Finish, parts: Parts, layers: list[nn.Linear]) -> tuple[dict[nn.Linear, Tensor], nn.Linear | None]:
-    """What each of the layers that are called once gives, and which of them gives the logits."""
-    calls: dict[nn.Linear, list[tuple[Tensor, Tensor]]] = {}
-
-    def note(layer: nn.Module, _: object, output: Tensor) -> None:
-        calls.setdefault(layer, []).append((output, output.clone()))  # type: ignore[arg-type]
-
-    with ExitStack() as hooks:
-        for layer in layers:
-            hooks.callback(layer.register_forward_hook(note).remove)
-        logits = finish(parts)
-    once = {layer: outputs[0] for layer, outputs in calls.items() if len(outputs) == 1}
-    last = next((layer for layer, (output, _) in once.items() if output is logits and output.ndim == 2), None)
-    return {layer: copy for layer, (_, copy) in once.items()}, last
-
-
-def _mix(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
-    """weight * first + (1 - weight) * second for each pair and point, [pair * point, ...]; the ends are exact."""
-    by_point = weights.view(*weights.shape, *[1] * (first.ndim - 1)).to(first.dtype)
-    return torch.lerp(second[:, None], first[:, None], by_point).flatten(0, 1)
-
-
-def _same(got: Tensor, expected: Tensor, scale: Tensor) -> bool:
-    """Whether two results differ by rounding at most."""
-    return bool((got - expected).abs().max() <= ROUNDING * torch.finfo(got.dtype).eps * scale)
-
-
-def _lead(logits: Tensor, rows: Tensor, cls: Tensor, label_kind: LabelKind) -> Tensor:
-    """Of each (row, class), the logit, and for multiclass how far it leads the best other one."""
-    check_label_kind(label_kind)
-    if label_kind == "multilabel":
-        return logits[rows, cls]
-    if logits.shape[1] < 2:
-        raise ValueError(f"`logits` must have at least two classes to choose from, got {list(logits.shape)}")
-    best = logits.topk(2, dim=1)
-    is_best = best.indices[rows, 0] == cls
-    return logits[rows, cls] - torch.where(is_best, best.values[rows, 1], best.values[rows, 0])
-
-
 def _offsets(thresholds: Tensor | float, cls: Tensor, label_kind: LabelKind) -> Tensor:
     """Logits of the classes' thresholds, where those matter."""
     if label_kind == "multiclass":
@@ -423,17 +192,6 @@ def _offsets(thresholds: Tensor | float, cls: Tensor, label_kind: LabelKind) -> 
     return torch.logit(values[cls] if values.ndim else values.expand(len(cls)))
 
 
-def _finished(finish: Finish, parts: Parts, classes: int = 0) -> Tensor:
-    """Logits of a batch of points, with at least `classes` columns."""
-    logits, points = finish(parts), len(next(iter(parts.values())))
-    if logits.ndim != 2 or len(logits) != points or logits.shape[1] < classes:
-        raise ValueError(
-            f"`finish` must return logits [point, class] for {points} points and at least {classes} classes, "
-            f"got {list(logits.shape)}"
-        )
-    return logits
-
-
 def _draw(noise: Noise, parts: Parts, pairs: int, count: int, block: int) -> Parts:
     """Noise for the points of these pairs; a block of pairs at a time, so that chunks do not matter."""
     drawn: dict[str, list[Tensor]] = {name: [] for name in sorted(noise.scales)}
@@ -444,32 +202,6 @@ def _draw(noise: Noise, parts: Parts, pairs: int, count: int, block: int) -> Par
             pieces.append(torch.randn(shape, generator=noise.generator, device=noise.generator.device, dtype=dtype))
     scales = {name: noise.scales[name] / math.sqrt(max(1, parts[name][0].numel())) for name in drawn}
     return {name: scales[name] * torch.cat(pieces).to(parts[name].device) for name, pieces in drawn.items()}
-
-
-def _per_class(labels: Tensor, count: int, draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Pairs:
-    """Pairs of every class, drawn from the samples inside and outside it."""
-    if count < 1:
-        raise ValueError(f"`count` must be at least 1 pair a class, got {count}")
-    found = [Pairs(*torch.zeros(3, 0, dtype=torch.int64))]
-    for cls, column in enumerate(labels.cpu().T):
-        first, second = draw(column.nonzero().squeeze(1), (~column).nonzero().squeeze(1))
-        found.append(Pairs(first, second, torch.full_like(first, cls)))
-    return Pairs(*(torch.cat(fields).to(labels.device) for fields in zip(*found, strict=True)))
-
-
-def _randint(high: int, count: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(high, (count,), generator=generator, device=generator.device).cpu()
-
-
-def _some(parts: Parts, start: int, stop: int) -> Parts:
-    """These samples, as copies: a network may write into what it is given."""
-    return {name: x[start:stop].clone() for name, x in parts.items()}
-
-
-def _points_at_a_time(parts: Parts) -> int:
-    """How many points a chunk has by default: few enough for a CPU's cache, enough to fill a GPU."""
-    points, values = CHUNK["cpu" if next(iter(parts.values())).device.type == "cpu" else "gpu"]
-    return max(1, min(points, values // max(1, sum(x[0].numel() for x in parts.values()))))
 
 
 @contextmanager
