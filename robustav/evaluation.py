@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from robustav.attacks import ATTACKS, Attack, Restarts
 from robustav.classifier import Classifier
@@ -63,9 +64,15 @@ class Evaluation:
         `progress` hears of data being generated, `settings.progress` of the attacks.
         """
         if isinstance(self.model, Classifier):
-            model, about = self.model, {"model": type(self.model).__name__}
+            model: Classifier = self.model
+            about: dict[str, Any] = {"model": type(self.model).__name__}
         else:
             model, about = load_model(self.model, self.checkpoint, trust_pickle=self.trust_pickle)
+        # So that latent metrics can find the same model and clips again; decides no number, hence no part of the identity.
+        about["asked"] = {
+            "data": _absolute(self.data),
+            "checkpoint": _absolute(None if self.checkpoint is None else str(self.checkpoint)),
+        }
         goal = parse_goal(
             self.goal, model.classes, model.label_kind, loss=self.loss, success=self.success, threshold=self.threshold
         )
@@ -103,3 +110,8 @@ class Evaluation:
                 )
             sets.append(names)
         return list(dict.fromkeys(sets))
+
+
+def _absolute(where: str | None) -> str | None:
+    """A path in full, a name as it is."""
+    return str(Path(where).resolve()) if where is not None and Path(where).exists() else where

@@ -13,3 +13,9 @@ def draws_for(seed: int, samples: Iterable[str], *purpose: str) -> list[torch.Ge
         key = hashlib.sha256("\x1f".join([str(seed), sample, *purpose]).encode()).digest()
         generators.append(torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True)))
     return generators
+
+
+def draw_for(seed: int, *purpose: str) -> torch.Generator:
+    """One CPU generator for something that belongs to no single sample, fixed by (seed, purpose)."""
+    (generator,) = draws_for(seed, [""], *purpose)
+    return generator

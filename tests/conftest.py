@@ -20,6 +20,7 @@ CHECKED = [
     "prepare",
     "models.small",
     "metrics",
+    "geometry",
 ]
 install_import_hook([f"robustav.{name}" for name in CHECKED], "typecheck.checked")
 

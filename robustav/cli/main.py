@@ -13,20 +13,14 @@ import typer
 from rich.console import Console
 
 from robustav import __version__
+from robustav.cli.metrics import metrics
 from robustav.cli.progress import Bars
+from robustav.cli.shared import ERRORS, Format, Json, chosen_format, models_by_name
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
-errors = Console(stderr=True)
-
 FAILED_AUDIT, BAD_INPUT, INTERRUPTED = 1, 2, 130
-
-
-def _models(incomplete: str) -> list[str]:
-    """Embedded models, for tab completion, from their weight files: no need to import torch."""
-    files = (Path(__file__).parents[1] / "models" / "weights").glob("*.safetensors")
-    return sorted(file.stem for file in files if file.stem.startswith(incomplete))
 
 
 def _attacks(incomplete: str) -> list[str]:
@@ -35,10 +29,6 @@ def _attacks(incomplete: str) -> list[str]:
     return [name for name in ATTACKS if name.startswith(incomplete)]
 
 
-Format = Annotated[
-    str | None, typer.Option("--format", help="Print md, tex, csv or json instead of the table for the terminal.")
-]
-Json = Annotated[bool, typer.Option("--json", help="The same as --format json.")]
 Figures = Annotated[bool, typer.Option("--figures", help="Also draw figures, into the run's folder.")]
 
 
@@ -64,7 +54,7 @@ def attack(
         typer.Option(
             "--model",
             "-m",
-            autocompletion=_models,
+            autocompletion=models_by_name,
             help="A name from `robustav models`, or package.module:factory, or file.py:factory.",
         ),
     ] = "av-fusion",
@@ -135,7 +125,7 @@ def attack(
     json: Json = False,
 ) -> None:
     """Attack a classifier and print a robustness report table."""
-    chosen = _format(format_, json)
+    chosen = chosen_format(format_, json)
     settings: dict[str, Any] = {"shard": _pair(shard), "batch_size": _whole_or_auto(batch_size)}
     from robustav.attacks import ATTACKS
     from robustav.evaluation import Evaluation
@@ -160,14 +150,14 @@ def attack(
         limit=limit,
     )
     try:
-        with Bars(errors) as bars:
+        with Bars(ERRORS) as bars:
             made = Settings(device=device, strict=strict, keep=keep, progress=bars.attacks, **settings)
             ledger = evaluation.run(out, made, progress=bars.generation)
     except KeyboardInterrupt:
-        errors.print("stopped: the same command goes on where it was")
+        ERRORS.print("stopped: the same command goes on where it was")
         raise typer.Exit(INTERRUPTED) from None
     if made.shard[1] > 1:
-        errors.print(f"shard {shard} done; when all are, print the report with: robustav report {ledger.folder}")
+        ERRORS.print(f"shard {shard} done; when all are, print the report with: robustav report {ledger.folder}")
         return
     _print_report([ledger.folder], chosen, figures)
 
@@ -180,12 +170,12 @@ def report(
     json: Json = False,
 ) -> None:
     """Print the report of one run, or of several in one table."""
-    _print_report(runs, _format(format_, json), figures)
+    _print_report(runs, chosen_format(format_, json), figures)
 
 
 @app.command()
 def models(
-    name: Annotated[str | None, typer.Argument(autocompletion=_models, help="One model, in full.")] = None,
+    name: Annotated[str | None, typer.Argument(autocompletion=models_by_name, help="One model, in full.")] = None,
     json: Json = False,
 ) -> None:
     """List the models, or show one: inputs, stages, weights and how they were made."""
@@ -201,7 +191,7 @@ def data(
     ] = None,
     path: Annotated[str | None, typer.Argument(help="With `check`: a manifest, a folder or a clip.")] = None,
     model: Annotated[
-        str, typer.Option("--model", "-m", autocompletion=_models, help="Whose inputs to read.")
+        str, typer.Option("--model", "-m", autocompletion=models_by_name, help="Whose inputs to read.")
     ] = "av-fusion",
     json: Json = False,
 ) -> None:
@@ -211,7 +201,7 @@ def data(
     if what == "check":
         if path is None:
             raise typer.BadParameter("`check` needs a PATH: a manifest, a folder or a clip")
-        with Bars(errors) as bars:
+        with Bars(ERRORS) as bars:
             usable = check_data(path, model, json, bars.generation)
         if not usable:
             raise ValueError(f"no clip of {path} can be used with {model}")
@@ -220,8 +210,11 @@ def data(
     elif what is None:
         list_data(json)
     else:
-        with Bars(errors) as bars:
+        with Bars(ERRORS) as bars:
             show_data(what, json, bars.generation)
+
+
+app.command()(metrics)
 
 
 def _print_report(folders: list[Path], chosen: str | None, figures: bool) -> None:
@@ -234,25 +227,18 @@ def _print_report(folders: list[Path], chosen: str | None, figures: bool) -> Non
         print_terminal(made, Console())
     else:
         typer.echo(FORMATS[chosen](made), nl=False)
-    errors.print(f"kept in {', '.join(map(str, folders))}", style="dim", soft_wrap=True, highlight=False)
+    ERRORS.print(f"kept in {', '.join(map(str, folders))}", style="dim", soft_wrap=True, highlight=False)
     if figures:
         from robustav.report.figures import draw
 
         # Those of several runs belong to none of them.
         for file in draw(made, ledgers, (folders[0] if len(folders) == 1 else Path()) / "figures"):
-            errors.print(f"drew {file}", style="dim", soft_wrap=True, highlight=False)
+            ERRORS.print(f"drew {file}", style="dim", soft_wrap=True, highlight=False)
     if made.failed:
-        errors.print("the audit failed: see the rows marked 'not valid'", style="bold red")
+        ERRORS.print("the audit failed: see the rows marked 'not valid'", style="bold red")
         raise typer.Exit(FAILED_AUDIT)
     if made.table.empty:
         raise ValueError("no clip could be used: the reasons are in the table of skipped clips")
-
-
-def _format(name: str | None, json: bool) -> str | None:
-    known = ("md", "tex", "csv", "json")
-    if name is not None and name not in known:
-        raise typer.BadParameter(f"must be one of {', '.join(known)}, got {name!r}", param_hint="--format")
-    return "json" if json else name
 
 
 def _pair(text: str) -> tuple[int, int]:
@@ -281,5 +267,5 @@ def main() -> None:
     except (ValueError, TypeError, FileNotFoundError, OSError) as error:
         if os.environ.get("ROBUSTAV_TRACEBACK"):
             raise
-        errors.print(f"robustav: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
+        ERRORS.print(f"robustav: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
         sys.exit(BAD_INPUT)

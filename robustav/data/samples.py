@@ -1,7 +1,7 @@
 """What an evaluation reads from: labelled clips by index, and the exception for a clip that cannot be used."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ class SkippedError(Exception):
     """A clip that cannot be used; the message is the reason, in words for the table of skipped clips."""
 
 
+@runtime_checkable  # so that the checker of annotations, which runs in the tests, can ask isinstance
 class Samples(Protocol):
     """A set of clips with declared classes and a declared label kind; `digest` identifies its content."""
 

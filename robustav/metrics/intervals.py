@@ -12,6 +12,7 @@ from scipy.stats import binomtest
 from robustav.metrics.tagging import Number, check_scored, check_weights, d_prime
 
 RESAMPLES = 1000
+FEW_CLIPS = 20  # below this, resampling clips says nothing of the clips that were not seen
 CHUNK_BYTES = 2**26  # of working memory, 64 MiB: bounded for its own sake, and small enough for caches to help
 ARRAYS_PER_CHUNK = 10  # of [sample, resample] that are alive at once when every sample is a positive
 

@@ -33,12 +33,12 @@ def draw(report: Report, ledgers: list[Ledger], folder: Path) -> list[Path]:
         for score, label in (("mAP", "mAP"), ("top1", "top-1 hit rate")):
             figure = scores(report, score, label)
             if figure is not None:
-                written.append(_save(figure, folder / f"{score}.png"))
+                written.append(save_figure(figure, folder / f"{score}.png"))
         for ledger in ledgers:
             for key, described in ledger.record()["identity"]["conditions"].items():
                 attacked = described["attacked"] and described["name"] != "noise"
                 for clip in sorted((ledger.folder / "kept" / key).glob("*")) if attacked else []:
-                    written.append(_save(example(ledger, key, clip), folder / f"{key}-{clip.name}.png"))
+                    written.append(save_figure(example(ledger, key, clip), folder / f"{key}-{clip.name}.png"))
     return written
 
 
@@ -192,6 +192,7 @@ def _strip(frames: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.concatenate(list(chosen.transpose(0, 2, 3, 1)), axis=1).clip(0, 1)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG; returns the file."""
     figure.savefig(path, dpi=150)
     return path

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from robustav.ledger import Ledger, skipped
 from robustav.metrics.intervals import (
+    FEW_CLIPS,
     Interval,
     MacroScores,
     bootstrap,
@@ -24,7 +25,6 @@ from robustav.plan import CLEAN
 
 WORST = "worst case"
 NO_INTERVAL = (np.nan, np.nan)
-FEW_CLIPS = 20  # below this, resampling clips says nothing of the clips that were not seen
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _name(record: dict[str, Any]) -> str:
 def _build_one(ledger: Ledger, run: str) -> Report:
     record = ledger.record()
     described: dict[str, dict[str, Any]] = record["identity"]["conditions"]
-    clean = _usable(ledger, CLEAN.key, record["clips"])
+    clean = usable(ledger, CLEAN.key, record["clips"])
     reasons = skipped(ledger)
     left_out = pd.DataFrame({"run": run, "sample": list(reasons), "reason": list(reasons.values())})
     if clean.empty:
@@ -100,7 +100,7 @@ def _build_one(ledger: Ledger, run: str) -> Report:
     for level in sorted({d["level"] for d in described.values() if d["attacked"]}):
         # One epsilon at a time, so that a long curve over a large data set fits into memory.
         here = {key: d for key, d in described.items() if d["attacked"] and d["level"] == level}
-        frames = {CLEAN.key: clean} | {key: _usable(ledger, key, record["clips"]) for key in here}
+        frames = {CLEAN.key: clean} | {key: usable(ledger, key, record["clips"]) for key in here}
         for attacked in dict.fromkeys(tuple(d["attacked"]) for d in here.values()):
             keys = [key for key, d in here.items() if tuple(d["attacked"]) == attacked]
             budget = "; ".join(f"{m} {text}" for m, text in here[keys[0]]["budgets"].items())
@@ -122,7 +122,8 @@ def _build_one(ledger: Ledger, run: str) -> Report:
     return Report(header, table, _notes(record, table, clean, scorer), left_out, failed)
 
 
-def _usable(ledger: Ledger, key: str, clips: int) -> pd.DataFrame:
+def usable(ledger: Ledger, key: str, clips: int) -> pd.DataFrame:
+    """The rows of one condition without skipped clips; raises `FileNotFoundError` if the run is not finished."""
     rows = ledger.read(key)
     if len(rows) != clips:
         raise FileNotFoundError(

@@ -17,6 +17,11 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else ("inf" if value > 0 else "-inf")
 
 
+def between(low: float, high: float, digits: int = 3) -> str:
+    """Both ends of an interval; a dash between numbers with a minus sign would be hard to read."""
+    return f"{number(low, digits)}{DASH if low >= 0 else ' to '}{number(high, digits)}"
+
+
 def finite(value: Any) -> Any:
     """A value as JSON can hold it: None in place of what is not finite, Python's numbers for NumPy's."""
     if isinstance(value, float) and not math.isfinite(value):

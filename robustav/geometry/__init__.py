@@ -1,0 +1,1 @@
+"""Latent geometry of a classifier: where to cut it, what its latents measure, and whether that predicts robustness."""

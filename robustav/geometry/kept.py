@@ -1,0 +1,57 @@
+"""The adversarial examples that a run kept, as clips like any others."""
+
+from collections.abc import Sequence
+
+from robustav import keep
+from robustav.classifier import LabelKind
+from robustav.data.samples import Sample, Samples
+from robustav.ledger import Ledger, digest_of
+from robustav.plan import CLEAN
+
+
+class KeptSamples:
+    """The examples of one condition of a run: the strongest that kept any, with the labels of the clips they came from.
+
+    Strongest: the most modalities, then the largest budget, then the last attack. Raises `ValueError` if the run kept
+    none, or is about other data.
+    """
+
+    def __init__(self, ledger: Ledger, clean: Samples) -> None:
+        identity = ledger.record()["identity"]
+        if identity["data"] != clean.digest:
+            raise ValueError(f"{ledger.folder} attacked other data than {clean.name}: survey the run's own with --data")
+        rows = ledger.read(CLEAN.key)
+        usable = list(rows.loc[rows["skipped"].isna(), "sample"])
+        attacks = {key: d for key, d in identity["conditions"].items() if d["attacked"] and d["name"] != "noise"}
+        kept = {key: [name for name in usable if keep.has(ledger.folder, key, name)] for key in attacks}
+        ranked = [key for key in attacks if kept[key]]
+        if not ranked:
+            raise ValueError(
+                f"{ledger.folder} kept no adversarial examples: run the same attack again with --keep {len(usable)}"
+            )
+        self.condition = max(
+            ranked,
+            key=lambda key: (
+                len(attacks[key]["attacked"]),
+                sum(map(_size, attacks[key]["radii"].values())),
+                list(attacks).index(key),
+            ),
+        )
+        self.ledger, self.clean = ledger, clean
+        self.name = f"{self.condition} of {ledger.folder.name}"
+        self.classes: tuple[str, ...] = clean.classes
+        self.label_kind: LabelKind = clean.label_kind
+        self.ids: Sequence[str] = kept[self.condition]
+        self.digest = digest_of([identity, self.condition, list(self.ids)])
+        self.places = {name: i for i, name in enumerate(clean.ids)}
+
+    def load(self, index: int) -> Sample:
+        """The example at `index`, bit for bit as it was scored."""
+        name = self.ids[index]
+        inputs = keep.load(keep.folder_of(self.ledger.folder, self.condition, name))
+        return Sample(name, inputs, self.clean.load(self.places[name]).labels)
+
+
+def _size(radius: float | str) -> float:
+    """A number that grows with a budget: its radius, or the ratio of amplitudes that a number of decibels means."""
+    return 10 ** (-float(radius.removesuffix("dB")) / 20) if isinstance(radius, str) else float(radius)
