@@ -1,6 +1,6 @@
 """Exact nearest neighbours: ours, torch.cdist, scikit-learn and faiss over the cost of the products alone.
 
-`python benchmarks/neighbours.py --write` measures everything (about 20 minutes on two idle cores, 12 GB of memory) and
+`python benchmarks/neighbours.py --write` measures everything (a quarter of an hour on two idle cores, 8 GB of memory) and
 writes its section of docs/benchmarks.md; `--quick` is a smoke run in less than a minute. Without faiss
 (`pip install 'robustav[faiss]'`) its rows are left out.
 """
@@ -256,8 +256,8 @@ ABOUT = """
 
 `python benchmarks/neighbours.py --write`. {machine}, scikit-learn {sklearn}{faiss}. CPU time over the floor's.
 
-The first rows look for their {k} nearest among all; {dim} dimensions, Gaussian, so that no structure helps anybody. The
-**floor** is the matrix product alone in float32, in blocks of {block} x {tile}, by the CPU's faster kernels where those
+The first rows look for their {k} nearest among all; {dim} dimensions, Gaussian: no structure helps anybody (real latents
+have some; it is the graph that finds more of their neighbours, the exact searches cost the same). The **floor** is the matrix product alone in float32, in blocks of {block} x {tile}, by the CPU's faster kernels where those
 are as exact, nothing done with its result: 2 operations a dimension and pair.
 
 - **ours** is `metrics.neighbours.nearest` with the engine "torch". In float64 the candidates come from the same float32
