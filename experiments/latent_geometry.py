@@ -25,10 +25,7 @@ from robustav.study import Wanted, study, validate_runs
 EPSILONS = ("0.001", "0.002", "0.005", "0.01")
 ATTACKED = 500  # clips
 DRIFT = 200  # clips whose adversarial latents are looked at
-TARGETS = {
-    "ap": ("input", "features", "latent"),
-    "kept": ("features", "latent"),
-}  # and where metrics are measured for each
+TARGETS = ("ap", "kept")
 
 
 def main() -> None:
@@ -45,9 +42,7 @@ def main() -> None:
         for model in arguments.models:
             evaluation = Evaluation(model, EPSILONS, attacks=("noise", "pgd"), steps=40, limit=ATTACKED)
             runs.append(evaluation.run(arguments.runs / model, Settings(progress=bars.attacks)).folder)
-        for target, layers in TARGETS.items():
-            here = replace(survey, layers=layers)
-            found = validate_runs(runs, here, wanted, target=target, progress=bars.generation)
+        for target, found in validate_runs(runs, survey, wanted, targets=TARGETS, progress=bars.generation).items():
             found.save(arguments.out / f"validation-{target}")
         for model in arguments.models:
             evaluation = Evaluation(model, "0.01", attacks="pgd", attacked="both", steps=40, limit=DRIFT)

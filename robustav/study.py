@@ -10,13 +10,14 @@ from robustav.classifier import Classifier
 from robustav.data.samples import Progress
 from robustav.data.sources import load_samples
 from robustav.geometry.convexity import Segments, convexity_measures
+from robustav.geometry.cuts import Cut
 from robustav.geometry.density import density_measures
-from robustav.geometry.drift import drift_measures
+from robustav.geometry.drift import adversarial_measures, against_measures
 from robustav.geometry.joining import check_weights, join
 from robustav.geometry.kept import KeptSamples
 from robustav.geometry.latents import Latents
 from robustav.geometry.measure import Measure
-from robustav.geometry.modalities import modality_measures
+from robustav.geometry.modalities import modality_measures, overlap_measures
 from robustav.geometry.survey import Survey, View, silent
 from robustav.geometry.targets import TARGETS
 from robustav.geometry.validation import Validation, validate
@@ -54,6 +55,7 @@ class Study:
     report: GridReport
     latents: Latents | None = None
     adversarial: Latents | None = None
+    cuts: Sequence[Cut] = ()
     validation: Validation | None = None
 
     def save(self, folder: Path) -> list[Path]:
@@ -72,27 +74,28 @@ class Study:
         else:
             figures |= {"by-layer": by_layer(self.report.rows), "hardened": hardened_curves(self.report.rows)}
         if self.latents is not None:
-            figures |= latent_views(self.latents, self.adversarial)
+            figures |= latent_views(self.latents, self.adversarial, self.cuts)
         return save_figures({name: figure for name, figure in figures.items() if figure is not None}, folder)
 
 
 def study(survey: Survey, wanted: Wanted, progress: Progress = silent) -> Study:
     """Survey a model's latents and report every metric that is wanted."""
     with survey.opened(progress) as view:
-        measures, adversarial = _measures(view, wanted, progress), None
+        adversarial = others = None
         if wanted.density and wanted.adversarial is not None:
             ledger = Ledger(wanted.adversarial)
             check_weights(ledger, view.model)
             adversarial = view.collect_others(KeptSamples(ledger, view.samples), progress)
-            measures += drift_measures(
-                view.latents, adversarial, view.cuts, view.weights, spaces=wanted.spaces, adversarial=True
-            )
         if wanted.density and wanted.against is not None:
             others = view.collect_others(load_samples(wanted.against, view.model, progress)[0], progress)
-            measures += drift_measures(
-                view.latents, others, view.cuts, view.weights, spaces=wanted.spaces, adversarial=False
+        measures = _measures(view, wanted, progress)
+        if adversarial is not None:
+            measures += adversarial_measures(
+                view.latents, adversarial, view.cuts, view.weights, wanted.spaces, survey.seed
             )
-        return Study(survey_report(view, measures), view.latents, adversarial)
+        if others is not None:
+            measures += against_measures(view.latents, others, view.cuts, view.weights, wanted.spaces, survey.seed)
+        return Study(survey_report(view, measures), view.latents, adversarial, view.cuts)
 
 
 def validate_runs(
@@ -100,32 +103,31 @@ def validate_runs(
     survey: Survey,
     wanted: Wanted,
     *,
-    target: str | None = None,
+    targets: Sequence[str] = (),
     attacked: str | None = None,
     clips: str = "auto",
     model: str | Classifier | None = None,
     data: str | None = None,
     checkpoint: Path | None = None,
     progress: Progress = silent,
-) -> Study:
-    """Hold the metrics of each run's model against the robustness that the run measured.
+) -> dict[str, Study]:
+    """Hold the metrics of each run's model against the robustness that the run measured, for each of the targets.
 
-    `target` is a key of `TARGETS`; None is average precision for multi-label models and top-1 hits for the others.
-    `clips` says on which clips the metrics are measured, see `join`.
-    `model`, `data` and `checkpoint` stand in for what the runs do not know.
+    `targets` are keys of `TARGETS`; none is average precision for multi-label models and top-1 hits for the others.
+    `clips` says on which clips the metrics are measured, see `join`. `model`, `data` and `checkpoint` stand in for what
+    the runs do not know.
     """
     ledgers = [Ledger(run) for run in runs]
     kinds = {ledger.record()["identity"]["label_kind"] for ledger in ledgers}
-    if target is None:
-        target = "ap" if kinds == {"multilabel"} else "hit"
-    if target not in TARGETS:
-        raise ValueError(f"no target {target!r}: there are {', '.join(TARGETS)}")
+    targets = targets or ["ap" if kinds == {"multilabel"} else "hit"]
+    if unknown := [target for target in targets if target not in TARGETS]:
+        raise ValueError(f"no target {unknown[0]!r}: there are {', '.join(TARGETS)}")
     joined = [
         join(
             ledger,
             lambda view, progress: _measures(view, wanted, progress),
             survey,
-            target=target,
+            targets=targets,
             attacked=attacked,
             clips=clips,
             model=model,
@@ -135,8 +137,12 @@ def validate_runs(
         )
         for ledger in ledgers
     ]
-    found = validate(joined, target=target, seed=survey.seed)
-    return Study(validation_report(joined, found), validation=found)
+    studies = {}
+    for target in targets:
+        here = [run[target] for run in joined]
+        found = validate(here, target=target, seed=survey.seed)
+        studies[target] = Study(validation_report(here, found), validation=found)
+    return studies
 
 
 def _measures(view: View, wanted: Wanted, progress: Progress) -> list[Measure]:
@@ -148,6 +154,7 @@ def _measures(view: View, wanted: Wanted, progress: Progress) -> list[Measure]:
         )
         for k in wanted.ks:
             measures += modality_measures(view.latents, view.cuts, view.weights, k, seed)
+        measures += overlap_measures(view.latents, view.cuts, view.weights)
     if wanted.convexity:
         measures += convexity_measures(view, wanted.segments, progress)
     return measures

@@ -5,7 +5,7 @@ import torch
 from conftest import CLASSES, Linear, batch_of, tiny_fusion, tiny_specs
 from torch import nn
 
-from robustav.classifier import LateFusion, Wrapped
+from robustav.classifier import LateFusion, Wrapped, waveform
 from robustav.geometry.cuts import CUTS, FUSED, cuts_of, pool
 from robustav.models.zoo import load_model
 
@@ -182,7 +182,20 @@ def test_a_module_is_mixed_alone_and_carries_the_inputs_along():
 def test_features_and_modules_are_pooled_for_density_inputs_and_latents_are_not():
     model = fronted()
     cuts = cuts_of(model, [*CUTS, "head"], batch_of(model.specs, 1))
-    assert [cut.pooled for cut in cuts] == [False, False, True, False, True]
+    maps = torch.randn(2, 3, 4, 5)
+    pooled = [cut.pool(maps).shape[1] for cut in cuts]
+    assert pooled == [60, 60, 3, 60, 5]  # the head is linear: its channels are last
+
+
+def test_channels_are_where_the_layer_has_them():
+    model = tiny_fusion()
+    names = ["encoders.audio.1", "encoders.audio.2", "encoders.visual.1"]
+    inputs = batch_of(model.specs, 2)
+    with torch.no_grad():
+        trace = model.trace(inputs)
+        convolved, normed, maps = ((cut, cut.take(inputs, trace)[cut.name]) for cut in cuts_of(model, names, inputs))
+    for cut, x in (convolved, normed, maps):  # [batch, channel, time] and [batch, channel, height, width]
+        torch.testing.assert_close(cut.pool(x), x.flatten(2).mean(2))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +206,6 @@ def test_features_and_modules_are_pooled_for_density_inputs_and_latents_are_not(
         (wrapped, CUTS, ["input", "latent"]),
         (wrapped, ["latent", "features", "input"], ["latent", "input"]),
         (wrapped, ["front end", "features"], ["front end"]),
-        (wrapped, ["features"], ["features"]),  # nothing that it would be a twin of
         (tiny_fusion, ["head", "input", "head", "input"], ["head", "input"]),
         (lambda: Linear(tiny_specs()), CUTS, ["input", "features", "latent"]),
     ],
@@ -201,6 +213,18 @@ def test_features_and_modules_are_pooled_for_density_inputs_and_latents_are_not(
 def test_a_stage_that_does_nothing_is_left_out_beside_its_twin(build, named, left):
     model = build()
     assert [cut.name for cut in cuts_of(model, named, batch_of(model.specs, 1))] == left
+
+
+def test_features_that_are_the_input_are_an_error_unless_the_input_is_named():
+    model = wrapped()
+    with pytest.raises(ValueError, match="layer 'features' is the input itself here"):
+        cuts_of(model, ["features", "latent"], batch_of(model.specs, 1))
+
+
+def test_features_of_one_modality_that_are_the_latent_give_way_to_it():
+    model = LateFusion({"audio": nn.Linear(64, 8)}, nn.Linear(8, 1), specs={"audio": waveform(0.004)}, classes=("a",))
+    inputs = batch_of(model.specs, 1)
+    assert [cut.name for cut in cuts_of(model, ["features", "latent"], inputs)] == ["latent"]
 
 
 def test_an_unknown_layer_is_an_error_that_lists_what_there_is():

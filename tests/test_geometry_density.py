@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import CLASSES
 
-from robustav.geometry.cuts import FUSED, Cut
+from robustav.geometry.cuts import FUSED, Cut, pool
 from robustav.geometry.density import SET, density_measures, vectors_of
-from robustav.geometry.drift import drift_measures
+from robustav.geometry.drift import adversarial_measures, against_measures
 from robustav.geometry.latents import Latents
 from robustav.geometry.measure import score
-from robustav.geometry.modalities import modality_measures
+from robustav.geometry.modalities import modality_measures, overlap_measures
 from robustav.metrics import density as pure
 from robustav.metrics.intervals import bootstrap_weights
 from robustav.metrics.neighbourhood import class_purity, density_and_coverage, hubness, jaccard_purity
@@ -26,7 +26,7 @@ COUNT = 60
 LABELS = torch.eye(3, dtype=torch.bool)[torch.arange(COUNT) % 3]
 WEIGHTS = bootstrap_weights(COUNT, 20, seed=0)
 LATENT = Cut("latent", lambda inputs, trace: {}, lambda parts: parts[FUSED], (FUSED,))
-FEATURES = Cut("features", lambda inputs, trace: {}, lambda parts: parts["audio"], ("audio", "visual"), pooled=True)
+FEATURES = Cut("features", lambda inputs, trace: {}, lambda parts: parts["audio"], ("audio", "visual"), pool)
 
 
 def made(parts, labels=LABELS, logits=None, ids=None):
@@ -257,7 +257,8 @@ def modal(audio, visual, fused=None, labels=LABELS, k=K):
     cuts = [FEATURES]
     if fused is not None:
         parts["latent"], cuts = {FUSED: fused}, [FEATURES, LATENT]
-    return modality_measures(made(parts, labels), cuts, WEIGHTS[:, : len(labels)], k, seed=0)
+    latents, weights = made(parts, labels), WEIGHTS[:, : len(labels)]
+    return modality_measures(latents, cuts, weights, k, seed=0) + overlap_measures(latents, cuts, weights)
 
 
 def test_modalities_that_are_the_same_have_no_gap_and_fusing_them_adds_nothing():
@@ -275,7 +276,7 @@ def test_the_modality_whose_classes_lie_apart_has_the_gap_on_its_side():
     assert (first.values > 0.5).all()
     np.testing.assert_allclose(first.values, -second.values)
     assert first.part == "audio - visual"
-    assert (first.space, first.setting) == ("matched", "k=3, 5 axes")
+    assert (first.space, first.setting) == ("matched", "k=3")
     assert first.where == "audio - visual features"
 
 
@@ -329,7 +330,7 @@ def test_a_modality_that_is_the_other_turned_lies_where_it_does():
     assert found["coverage of"].values == pytest.approx([1.0])
     assert found["density in"].values == pytest.approx([1.0])  # k rows in each ball of k, its own among them
     assert found["coverage of"].part == "audio in visual"
-    assert found["coverage of"].setting == "k=5, 6 axes, turned onto one another"
+    assert found["coverage of"].setting == "k=5, turned onto one another"
     assert found["coverage of"].names == (SET,)
     bent = z.clone()
     bent[:, 0] = bent[:, 0].exp() * 4
@@ -340,6 +341,7 @@ def test_a_modality_that_is_the_other_turned_lies_where_it_does():
 
 def test_modalities_are_compared_where_there_are_two_and_enough_clips():
     assert modality_measures(made({"latent": {FUSED: clouds()}}), [LATENT], WEIGHTS, K, 0) == []
+    assert overlap_measures(made({"latent": {FUSED: clouds()}}), [LATENT], WEIGHTS) == []
     assert modal(clouds(labels=LABELS[:2]), clouds(labels=LABELS[:2]), labels=LABELS[:2]) == []
     few = modal(clouds(labels=LABELS[:5]), clouds(labels=LABELS[:5], seed=1), labels=LABELS[:5])
     assert [m.metric for m in few] == ["modality gap"]  # no balls of five neighbours
@@ -350,9 +352,8 @@ def test_modalities_are_compared_where_there_are_two_and_enough_clips():
 def drifting(clean, other, labels=None, logits=None, ids=None, adversarial=True, spaces=("raw",)):
     labels = LABELS[: len(other)] if labels is None else labels
     others = made({"latent": {FUSED: other}}, labels, logits, ids)
-    found = drift_measures(
-        made({"latent": {FUSED: clean}}), others, [LATENT], WEIGHTS, spaces=spaces, adversarial=adversarial
-    )
+    measures = adversarial_measures if adversarial else against_measures
+    found = measures(made({"latent": {FUSED: clean}}), others, [LATENT], WEIGHTS, spaces, 0)
     assert len({m.key for m in found}) == len(found)
     return {(m.metric, m.setting.partition(", ")[2], m.space): m for m in found}
 
@@ -394,11 +395,11 @@ def test_drift_weighs_every_clip_as_often_as_its_own_clean_clip_is_drawn():
     moved = z[order] + 0.7 * torch.randn(40, 6, generator=generator)
     found = drifting(z, moved, LABELS[order], ids=tuple(f"clip {i}" for i in order))
     for c in range(3):
-        members, here = LABELS[:, c].nonzero().flatten(), LABELS[order, c]
-        terms = density_and_coverage(z[members], moved[here], 5)
+        here = LABELS[order, c]
+        terms = density_and_coverage(z[order][here], moved[here], 5)  # of the same clips, clean and attacked
         for metric, expected in (
             ("density in", mean_of(terms.density, order[here])),
-            ("coverage of", mean_of(terms.covered, members)),
+            ("coverage of", mean_of(terms.covered, order[here])),
         ):
             measure = found[metric, OWN, "raw"]
             assert 0 < measure.values[c] == pytest.approx(expected.value)
@@ -432,7 +433,7 @@ def test_a_class_with_too_few_clips_for_balls_is_a_reason():
     labels[:5, 0], labels[5:, 1] = True, True
     z = clouds(labels=labels)
     others = made({"latent": {FUSED: z}}, labels)
-    found = drift_measures(others, others, [LATENT], WEIGHTS, spaces=("raw",), adversarial=True)
+    found = adversarial_measures(others, others, [LATENT], WEIGHTS, ("raw",), 0)
     for measure in found:
         assert measure.skipped == {"bell": "5 and 5 clips: too few", "kick": "0 and 0 clips: too few"}
         assert measure.values[1] == pytest.approx(1)
@@ -451,9 +452,9 @@ def test_silence_among_examples_leaves_the_space_without_a_measure():
 
 def test_surveyed_clips_are_looked_for_among_those_of_another_split():
     z, generator = clouds(apart=1.0), torch.Generator().manual_seed(5)
-    labels = torch.eye(3, dtype=torch.bool)[torch.arange(90) % 3]
-    other = clouds(apart=1.0, labels=labels, seed=8) + 0.1 * torch.randn(90, 6, generator=generator)
-    ids = tuple(f"train {i}" for i in range(90))
+    labels = LABELS.roll(1, 0)  # as many of each class
+    other = clouds(apart=1.0, labels=labels, seed=8) + 0.1 * torch.randn(COUNT, 6, generator=generator)
+    ids = tuple(f"train {i}" for i in range(COUNT))
     found = drifting(z, other, labels, ids=ids, adversarial=False)
     words = "surveyed in the other clips"
     assert found.keys() == {("density in", words, "raw"), ("coverage of", words, "raw")}
@@ -466,7 +467,7 @@ def test_surveyed_clips_are_looked_for_among_those_of_another_split():
         np.testing.assert_allclose(density.resampled[:, c], expected.resampled)
         assert coverage.values[c] == pytest.approx(float(terms.covered.double().mean()))
         assert np.isnan(coverage.resampled).all()  # the other split is not drawn again
-        assert (coverage.clips[c], coverage.units[c]) == (30, 30)
+        assert (coverage.clips[c], coverage.units[c]) == (int(labels[:, c].sum()),) * 2
     rows = coverage.rows()
     assert rows["low"].isna().all() and rows["value"].notna().all()
 
@@ -474,15 +475,26 @@ def test_surveyed_clips_are_looked_for_among_those_of_another_split():
 def test_a_split_like_the_surveyed_clips_is_covered_as_theory_says():
     labels = torch.eye(3, dtype=torch.bool)[torch.arange(600) % 3]
     z, other = (clouds(3, labels=labels, seed=seed) for seed in (0, 1))
-    found = drift_measures(
-        made({"latent": {FUSED: z}}, labels),
-        made({"latent": {FUSED: other}}, labels, ids=tuple(f"train {i}" for i in range(600))),
-        [LATENT],
-        bootstrap_weights(600, 2, seed=0),
-        spaces=("raw",),
-        adversarial=False,
-    )
+    others = made({"latent": {FUSED: other}}, labels, ids=tuple(f"train {i}" for i in range(600)))
+    weights = bootstrap_weights(600, 2, seed=0)
+    found = against_measures(made({"latent": {FUSED: z}}, labels), others, [LATENT], weights, ("raw",), 0)
     density, coverage = found
     assert density.macro == pytest.approx(1, abs=0.1)
     assert coverage.macro == pytest.approx(1 - 2**-5, abs=0.03)
     assert math.isnan(coverage.macro_resampled[0])
+
+
+def test_sets_of_different_sizes_are_compared_as_if_of_one():
+    everyone = torch.ones(400, 1, dtype=torch.bool)
+    many = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
+    weights = np.ones((3, 50), dtype=int)
+
+    def latents(z):
+        ids = tuple(f"{len(z)}/{i}" for i in range(len(z)))
+        return Latents(
+            ids, everyone[: len(z)], everyone[: len(z), 0], z[:, :1], {"latent": {FUSED: z}}, ("a",), "multilabel", {}
+        )
+
+    few = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
+    _, coverage = against_measures(latents(few), latents(many), [LATENT], weights, ("raw",), 0)
+    assert coverage.values[0] > 0.85  # a tenth of the balls could be reached at all, were all of them counted

@@ -11,7 +11,7 @@ import robustav.geometry.survey as survey_module
 from robustav import keep
 from robustav.attacks import FGSM, PGD, Noise
 from robustav.data.samples import Samples
-from robustav.geometry.drift import drift_measures
+from robustav.geometry.drift import adversarial_measures
 from robustav.geometry.kept import KeptSamples
 from robustav.geometry.survey import Survey
 from robustav.goals import Untargeted
@@ -125,7 +125,7 @@ def test_surveyed_again_they_score_as_they_did_and_lie_away_from_the_clean_ones(
     monkeypatch.setattr(survey_module, "load_samples", lambda *_: (samples, None))
     with Survey(model=tiny_fusion(), resamples=20, device="cpu", layers=["latent"]).opened() as view:
         kept = view.collect_others(KeptSamples(ledger, samples))
-        found = drift_measures(view.latents, kept, view.cuts, view.weights, spaces=("raw",), adversarial=True)
+        found = adversarial_measures(view.latents, kept, view.cuts, view.weights, ("raw",), 0)
     rows = ledger.read("pgd-audio+visual-0")
     assert list(kept.ids) == list(rows["sample"])
     torch.testing.assert_close(kept.logits, torch.from_numpy(np.stack(rows["logits"])), rtol=1e-4, atol=1e-4)

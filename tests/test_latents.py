@@ -187,11 +187,13 @@ def test_latents_are_what_a_stage_returned_whatever_a_later_one_writes_into_it()
         torch.testing.assert_close(cut.finish(parts), found.logits, msg=cut.name)
 
 
-def test_everything_is_kept_in_single_precision():
+def test_latents_keep_the_precision_that_the_rest_of_the_network_takes():
     model = tiny_fusion().double()
     model.front_end = lambda modality, raw: raw.double()
     found = collected(model)
-    assert {x.dtype for parts in found.parts.values() for x in parts.values()} == {torch.float32}
+    assert {x.dtype for x in found.parts["features"].values()} == {torch.float64}
+    for cut in cuts_of(model, ["features", "latent"], batch_of(model.specs, 1)):
+        cut.finish(found.parts[cut.name])
     assert found.logits.dtype == torch.float32
     torch.testing.assert_close(found.logits, collected().logits)
 

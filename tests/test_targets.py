@@ -8,6 +8,7 @@ import torch
 from conftest import Linear, TinySamples, batch_of, tiny_fusion, tiny_specs
 
 from robustav.attacks import FGSM, PGD, Noise
+from robustav.classifier import waveform
 from robustav.geometry.targets import (
     TARGETS,
     Scored,
@@ -112,6 +113,32 @@ def test_a_run_without_an_attack_on_the_set_is_no_target(tmp_path):
     ledger = evaluate(model, TinySamples(4), rows, Untargeted(), tmp_path / "run")
     with pytest.raises(ValueError, match=r"has no attack \(noise is none\) on 'audio'; it has none at all"):
         measured(ledger, "audio", "hit", bootstrap_weights(4, 5, seed=0), 0.5)
+
+
+def test_the_clean_score_beside_what_is_kept_is_the_share_accepted():
+    """What is kept of the clips accepted clean is 1 without an attack, and would control for nothing."""
+    found = TARGETS["kept"].clean(scored())
+    np.testing.assert_allclose(found.values, [1 / 3, 1])
+    assert TARGETS["kept"].score(scored()).values == pytest.approx([1, 1])
+
+
+def test_noise_and_first_order_margins_keep_out_of_padding():
+    writable = torch.tensor([[True] * 32 + [False] * 32])
+    budget = Budget("linf", 0.1, writable=writable)
+    moved = noisy({"audio": torch.zeros(1, 64)}, {"audio": budget}, 1, draws_for(0, ["a"]))["audio"]
+    assert (moved[:, :32] != 0).all() and (moved[:, 32:] == 0).all()
+    model = Linear({"audio": waveform(0.004)})
+    inputs = batch_of(model.specs, 1)
+    found = first_order_margins(model, inputs, torch.ones(1, 1, dtype=torch.bool), {"audio": budget}, 0.5)
+    fall = 0.1 * model.weights["audio"][0, :32].double().abs().sum()
+    assert found.item() == pytest.approx((model(inputs).double() / fall).item(), rel=1e-4)
+
+
+def test_the_largest_budget_is_not_the_last(tmp_path):
+    model = tiny_fusion()
+    rows = conditions({"fgsm": FGSM()}, parse_epsilons(["0.2,0.05"], model.specs), Untargeted())
+    ledger = evaluate(model, TinySamples(4), rows, Untargeted(), tmp_path / "run")
+    assert budgets_of(ledger, "audio", model)["audio"].epsilon == 0.2
 
 
 def test_a_failed_audit_is_no_target(run, monkeypatch):

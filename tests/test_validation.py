@@ -1,5 +1,7 @@
 """Whether metrics predict robustness: planted relations are found, chance is not, and runs are held to their own clips."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -46,7 +48,7 @@ def joined(seed, *, same=False, name="model"):
     robust = clean + planted
     found = Measured(
         scores(robust, 0.05, draw), scores(-robust, 0.05, draw), scores(clean, 0.05, draw),
-        scores(draw.normal(size=24), 0.05, draw), scores(draw.normal(size=24), 0.05, draw), 500, 4,
+        scores(draw.normal(size=24), 0.05, draw), scores(draw.normal(size=24), 0.05, draw), 500, 0, 4,
     )  # fmt: skip
     measures = [
         measure("clean score", clean, draw, layer="logits"),
@@ -56,7 +58,7 @@ def joined(seed, *, same=False, name="model"):
         measure("chance", chance, draw),
         measure("chance", np.where(np.arange(24) < 3, np.nan, chance), draw, layer="features"),
     ]
-    return Joined(name, view_of(CLASSES), found, measures, "audio", same)
+    return Joined(name, view_of(CLASSES), found, measures, "audio", same, "untargeted", "threat")
 
 
 def view_of(classes):
@@ -90,7 +92,7 @@ def test_a_planted_relation_is_found_and_one_through_the_clean_score_is_not():
 def test_what_a_control_says_already_has_no_partial_coefficient():
     run = joined(0)
     same = measure("clean again", run.measured.clean.values, np.random.default_rng(1))
-    again = Joined("model", run.view, run.measured, [*run.measures, same], "audio", False)
+    again = Joined("model", run.view, run.measured, [*run.measures, same], "audio", False, "untargeted", "threat")
     found = row(validate([again], target="ap", seed=0), "clean again")
     assert np.isnan(found["partial"])
     assert np.isnan(found["partial_low"])
@@ -140,13 +142,39 @@ def test_several_models_are_averaged_within_and_compared_across():
     assert len(found.classes) == 72
 
 
+def test_models_are_compared_only_under_one_threat_and_by_what_has_no_scale():
+    runs = [joined(seed, name=f"model {seed}") for seed in range(4)]
+    runs[3] = replace(runs[3], threat="another")
+    for run in runs:
+        run.measures.append(measure("entropy", np.arange(24.0), np.random.default_rng(0)))
+    found = validate(runs, target="ap", seed=0)
+    assert set(found.across["models"]) == {3}
+    assert "entropy" not in set(found.across["metric"])
+    assert "entropy" in set(found.table["metric"])
+    apart = [replace(run, threat=str(i)) for i, run in enumerate(runs)]
+    assert validate(apart, target="ap", seed=0).across.empty
+
+
+def test_without_a_permutation_there_is_no_unqualified_verdict():
+    one, other = joined(0, name="a"), joined(1, name="b")
+    for run, lacking in ((one, slice(0, 12)), (other, slice(12, 24))):
+        values = run.measured.robust.values.copy()
+        values[lacking] = np.nan
+        run.measures.append(measure("half", values, np.random.default_rng(0)))
+    found = row(validate([one, other], target="ap", seed=0), "half")
+    assert np.isnan(found["partial_p"])
+    assert not found["predicts"] or "not after Holm" in found["verdict"]
+
+
 def test_models_that_share_a_name_are_told_apart():
     assert validate([joined(0), joined(1)], target="ap", seed=0).models == ("model 1", "model 2")
 
 
 def test_a_metric_that_one_model_lacks_is_judged_on_the_others():
     lacking = joined(1)
-    without = Joined("b", lacking.view, lacking.measured, lacking.measures[:1] + lacking.measures[2:], "audio", False)
+    without = Joined(
+        "b", lacking.view, lacking.measured, lacking.measures[:1] + lacking.measures[2:], "audio", False, "", ""
+    )
     found = validate([joined(0), without], target="ap", seed=0)
     assert row(found, "planted")["models"] == 1
     assert np.isfinite(row(found, "planted")["partial_p"])
@@ -157,7 +185,7 @@ def test_models_of_other_classes_are_refused():
     view = view_of(CLASSES[::-1])
     with pytest.raises(ValueError, match="the same classes, but those of b differ"):
         validate(
-            [joined(0, name="a"), Joined("b", view, other.measured, other.measures, "audio", False)],
+            [joined(0, name="a"), Joined("b", view, other.measured, other.measures, "audio", False, "", "")],
             target="ap",
             seed=0,
         )
@@ -192,7 +220,7 @@ def no_metrics(view, progress):
 def test_metrics_are_measured_on_clips_that_the_run_did_not_attack(tiny):
     ledger, model = tiny
     attacked = set(ledger.read("clean")["sample"])
-    found = join(ledger, no_metrics, Survey(resamples=50), target="hit", model=model)
+    found = join(ledger, no_metrics, Survey(resamples=50), targets=["hit"], model=model)["hit"]
     assert not found.same_clips
     assert len(found.view.latents) == 36
     assert not attacked & set(found.view.latents.ids)
@@ -203,7 +231,9 @@ def test_metrics_are_measured_on_clips_that_the_run_did_not_attack(tiny):
 
 def test_the_same_clips_share_their_resamples(tiny):
     ledger, model = tiny
-    found = join(ledger, no_metrics, Survey(resamples=50), target="hit", model=model, clips="same", attacked="audio")
+    found = join(
+        ledger, no_metrics, Survey(resamples=50), targets=["hit"], model=model, clips="same", attacked="audio"
+    )["hit"]
     assert list(found.view.latents.ids) == list(ledger.read("clean")["sample"])
     (clean,) = (m for m in found.measures if m.metric == "clean score")
     np.testing.assert_array_equal(clean.values, found.measured.clean.values)
@@ -217,20 +247,20 @@ def test_other_weights_are_refused(tiny):
     other = tiny_fusion()
     other.head.weight.data += 1
     with pytest.raises(ValueError, match="made with other weights"):
-        join(ledger, no_metrics, Survey(resamples=50), target="hit", model=other)
+        join(ledger, no_metrics, Survey(resamples=50), targets=["hit"], model=other)
 
 
 def test_other_data_are_refused(tiny, monkeypatch):
     ledger, model = tiny
     monkeypatch.setattr(survey_module, "load_samples", lambda *_: (TinySamples(61), None))
     with pytest.raises(ValueError, match=r"data of .* are not those found now"):
-        join(ledger, no_metrics, Survey(resamples=50), target="hit", model=model)
+        join(ledger, no_metrics, Survey(resamples=50), targets=["hit"], model=model)
 
 
 def test_unknown_targets_and_clips_are_refused(tiny):
     ledger, model = tiny
     with pytest.raises(ValueError, match="no target 'map': there are ap, hit, kept"):
-        validate_runs([ledger.folder], Survey(resamples=50), Wanted(), target="map", model=model)
+        validate_runs([ledger.folder], Survey(resamples=50), Wanted(), targets=["map"], model=model)
     with pytest.raises(ValueError, match="`clips` must be one of auto, other, same, got 'none'"):
         validate_runs([ledger.folder], Survey(resamples=50), Wanted(), clips="none", model=model)
 
@@ -239,7 +269,7 @@ def test_from_run_to_report_and_figures(tiny, tmp_path):
     ledger, model = tiny
     wanted = Wanted(ks=(2,), spaces=("raw",), segments=Segments(pairs=10, k=2))
     survey = Survey(resamples=50, layers=("features", "latent"))
-    found = validate_runs([ledger.folder], survey, wanted, model=model, target="kept")
+    found = validate_runs([ledger.folder], survey, wanted, model=model, targets=["kept"])["kept"]
     files = found.save(tmp_path / "out")
     assert {file.suffix for file in files} == {".md", ".tex", ".csv", ".json", ".png"}
     assert all(file.stat().st_size > 300 for file in files)

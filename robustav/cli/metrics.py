@@ -59,10 +59,6 @@ def metrics(
     resamples: Annotated[
         int | None, typer.Option(min=39, help="Bootstrap resamples. Default: 1000; with validate 2000.")
     ] = None,
-    threshold: Annotated[
-        float,
-        typer.Option(help="Probability at which a class counts as accepted (multi-label); with validate the run's."),
-    ] = 0.5,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Clips at a time. Default: 8 on a CPU, 64 on a GPU.")
@@ -71,8 +67,11 @@ def metrics(
         bool, typer.Option(help="Stop at the first clip that cannot be used, instead of listing it.")
     ] = False,
     spaces: Annotated[
-        str, typer.Option(help="Comma-separated: raw, unit (cosine), whitened.", rich_help_panel=LATENTS)
-    ] = "raw,unit,whitened",
+        str | None,
+        typer.Option(
+            help="Comma-separated: raw, unit (cosine), whitened. Default: all three.", rich_help_panel=LATENTS
+        ),
+    ] = None,
     adversarial: Annotated[
         Path | None,
         typer.Option(
@@ -98,9 +97,19 @@ def metrics(
         ),
     ] = None,
     sigmas: Annotated[
-        str,
-        typer.Option(help="Noise of the hardened convexity, in typical distances of clips.", rich_help_panel=CONVEXITY),
-    ] = "0.5,1,2,4",
+        str | None,
+        typer.Option(
+            help="Noise of the hardened convexity, in typical distances of clips. Default: 0.5,1,2,4.",
+            rich_help_panel=CONVEXITY,
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Probability at which a class counts as accepted (multi-label). Default: 0.5; with validate the run's.",
+            rich_help_panel=CONVEXITY,
+        ),
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -140,6 +149,11 @@ def metrics(
         ("--adversarial", adversarial is not None, what in ("density", "all")),
         ("--against", against is not None, what in ("density", "all")),
         ("--clips", clips != "auto", validating),
+        ("--pairs", pairs is not None, what != "density"),
+        ("--sigmas", sigmas is not None, what != "density"),
+        ("--threshold", threshold is not None, what in ("convexity", "all")),
+        ("--spaces", spaces is not None, what != "convexity"),
+        ("a list of --k", "," in k, what != "convexity"),
         ("--limit", bool(limit), not validating),
     ):
         if given and not fits:
@@ -147,6 +161,8 @@ def metrics(
     shown = chosen_format(format_, json)
     from robustav.geometry.convexity import Segments
     from robustav.geometry.survey import Survey
+    from robustav.metrics.convexity import SIGMAS
+    from robustav.metrics.spaces import SPACES
     from robustav.study import Wanted, study, validate_runs
 
     survey = Survey(
@@ -158,7 +174,7 @@ def metrics(
         layers=_words(layers),
         seed=seed,
         limit=limit,
-        threshold=threshold,
+        threshold=0.5 if threshold is None else threshold,
         device=device,
         batch_size=batch_size,
         strict=strict,
@@ -167,8 +183,8 @@ def metrics(
     ks = _numbers(k, int, "--k")
     wanted = Wanted(
         ks,
-        _words(spaces),
-        Segments(pairs, tuple(_numbers(sigmas, float, "--sigmas")), ks[0], seed),
+        tuple(SPACES) if spaces is None else _words(spaces),
+        Segments(pairs, SIGMAS if sigmas is None else tuple(_numbers(sigmas, float, "--sigmas")), ks[0], seed),
         density=what != "convexity",
         convexity=what != "density",
         adversarial=adversarial,
@@ -176,18 +192,18 @@ def metrics(
     )
     with Bars(ERRORS) as bars:
         if validating:
-            found = validate_runs(
+            (found,) = validate_runs(
                 runs or [],
                 survey,
                 wanted,
-                target=target,
+                targets=[target] if target else [],
                 attacked=attacked,
                 clips=clips,
                 model=model,
                 data=data,
                 checkpoint=checkpoint,
                 progress=bars.generation,
-            )
+            ).values()
         else:
             found = study(survey, wanted, progress=bars.generation)
     from robustav.report.grids import FORMATS, print_terminal

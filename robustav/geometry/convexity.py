@@ -49,6 +49,7 @@ PAIRS_ELSEWHERE = 100
 POINTS = 10  # of a segment, ends left out
 TAU = 0.1  # threshold of the published measurement
 F1 = "F1-optimal"
+ARG_MAX = "arg max"
 
 
 @dataclass(frozen=True)
@@ -109,15 +110,23 @@ class _At:
         self.parts: Parts = {name: x.to(self.device) for name, x in view.latents.parts[cut.name].items()}
         labels = self.latents.labels
         self.pairs = draw_pairs(labels, how.count(cut), draw_for(how.seed, "pairs"))
+        self.typical: dict[str, float] = {}
         self.kind = self.latents.label_kind
         # Elsewhere a point runs through most of the network, which is fastest at the batch size of any other pass.
         self.chunk = None if cut.name in PAIRS else view.reader.batch_size
         self.where = {"layer": cut.name, "part": "+".join(mixed)}
         operating = view.survey.threshold
-        self.thresholds: dict[str, Tensor | float] = {f"t={operating:g}": operating}
+        self.thresholds: dict[str, Tensor | float] = {ARG_MAX: operating}  # which then decides nothing
         if self.kind == "multilabel":
+            self.thresholds = {f"t={operating:g}": operating}
             # Classes without a positive have no pairs either; any number does.
             self.thresholds[f"t={F1}"] = f1_thresholds(self.latents.logits, labels).nan_to_num(0.5)
+
+    def units(self) -> dict[str, float]:
+        """The typical distance of each mixed part, worked out once."""
+        if not self.typical:
+            self.typical = {name: typical_distance(self.parts[name]) for name in self.mixed}
+        return self.typical
 
     def margins(self, pairs: Pairs, weights: Tensor, noise: Noise | None = None, *, odds: bool = False) -> Tensor:
         """Margins at threshold 0.5 (multilabel) along the segments; of each class's own odds where `odds` is set."""
@@ -172,8 +181,9 @@ class _At:
         measures = [
             self.measure("published convexity", tau, li2022(published)),
             self.measure("both ends accepted", tau, both_accepted(published_ends)),
-            self.measure("both ends rejected", tau, both_rejected(published_ends)),
         ]
+        if self.kind == "multilabel":  # a softmax can accept a class between clips that it rejects
+            measures.append(self.measure("both ends rejected", tau, both_rejected(published_ends)))
         for setting, threshold in self.thresholds.items():
             here, there = self.at(ends, self.pairs, threshold), self.at(inside, self.pairs, threshold)
             measures += [
@@ -188,9 +198,9 @@ class _At:
         if not len(self.pairs.cls):
             return []
         try:
-            scales = {name: typical_distance(self.parts[name]) for name in self.mixed}
-        except ValueError:  # mostly copies: there is no unit to measure noise in
-            return []
+            scales = self.units()
+        except ValueError as error:  # mostly copies: there is no unit to measure noise in
+            return [self.unmeasured("hardened convexity, area", str(error))]
         middle = torch.full((len(self.pairs.cls), 1), 0.5)
         ends = self.ends(self.pairs)
         found = []
@@ -218,9 +228,9 @@ class _At:
         if not len(pairs.cls):
             return []
         try:
-            units = {name: typical_distance(self.parts[name]) for name in self.mixed}
-        except ValueError:
-            return []
+            units = self.units()
+        except ValueError as error:
+            return [self.unmeasured("flip distance", str(error))]
         steps = torch.cat([torch.zeros(1), interior(POINTS), torch.ones(1)])
         here = Pairs(*(x.to(self.device) for x in pairs))
         lengths = segment_lengths(self.parts, here, units).cpu()
@@ -254,6 +264,10 @@ class _At:
         return self.gathered(
             metric, setting, _scores(self.latents.classes, pairs, terms, owners, self.view.weights), **other
         )
+
+    def unmeasured(self, metric: str, reason: str) -> Measure:
+        """A metric that no class has."""
+        return self.gathered(metric, next(iter(self.thresholds)), [reason] * len(self.latents.classes))
 
     def gathered(self, metric: str, setting: str, scores: Sequence[Score | str], **other: Any) -> Measure:
         where = self.where | other
@@ -307,7 +321,7 @@ def _graphs(view: View, how: Segments) -> list[Measure]:
                 metric="graph convexity",
                 layer=where.layer,
                 part=where.part,
-                setting=f"k={how.k}, {members} clips a side",
+                setting=f"k={how.k}",
             )
         )
     return measures

@@ -1,7 +1,8 @@
 """Where a network is cut: the representation there, and the rest of the network that goes on from it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +19,23 @@ class Cut:
     """One place in the network. `take` reads its parts, `finish` goes on from them (mixed or not) to the logits.
 
     `mixable` are the parts that convexity mixes; a module inside a network also carries the raw inputs, since other
-    paths may go round it. `pooled` says that density looks at the mean over places and times.
+    paths may go round it. `pool` makes the one vector a clip that density looks at.
     """
 
     name: str
     take: Callable[[Inputs, Trace], Parts]
     finish: Callable[[Parts], Tensor]
     mixable: tuple[str, ...]
-    pooled: bool = False
+    pool: Callable[[Tensor], Tensor] = lambda part: part.flatten(1)  # to one vector a clip
 
 
 def cuts_of(model: Classifier, names: Sequence[str], sample: Inputs) -> list[Cut]:
     """The cuts named: "input", "front end", "features", "latent", or a module as `named_modules` has it.
 
-    A stage that does nothing (a front end that returns its input) is left out where what it is given is named as well,
-    for it would be that cut's twin. `sample` is a small batch, on which that is tried. Raises `ValueError` for an
-    unknown name, and for the latent of a wrapped network whose last module is not known.
+    A stage that gives what another one named gives (a front end that returns its input, the features of a single
+    modality that are the latent) is left out. `sample` is a small batch, on which that is tried. Raises `ValueError` for
+    an unknown name, for features that are the raw input, and for the latent of a wrapped network whose last module is
+    not known.
     """
     with torch.no_grad():
         trace = model.trace(sample)
@@ -48,8 +50,12 @@ def cuts_of(model: Classifier, names: Sequence[str], sample: Inputs) -> list[Cut
                     "this wrapped network's latent is not known: name its last module with --latent MODULE "
                     f"(or Wrapped(..., latent=...)); its modules are {', '.join(_short(modules))}"
                 )
-            earlier = [stages[stage] for stage in CUTS[: CUTS.index(name)] if stage in names]
-            if not any(_same(parts, stages[name]) for parts in earlier):
+            if name == "features" and not {"input", "front end"} & set(names) and _same(sample, stages[name]):
+                raise ValueError(
+                    "layer 'features' is the input itself here (a wrapped network has no stages): name 'input' or one of "
+                    f"its modules, {', '.join(_short(modules))}"
+                )
+            if not _repeats(name, names, stages):
                 found.append(_stage(model, name))
         elif name in modules or f"network.{name}" in modules:
             found.append(_module(model, name if name in modules else f"network.{name}", name))
@@ -58,6 +64,12 @@ def cuts_of(model: Classifier, names: Sequence[str], sample: Inputs) -> list[Cut
                 f"no layer {name!r}: there are {', '.join(CUTS)} and the modules {', '.join(_short(modules))}"
             )
     return found
+
+
+def _repeats(name: str, names: Sequence[str], stages: Mapping[str, Parts]) -> bool:
+    """Whether a stage has a twin among those named that stands for it: the latent, or else the first."""
+    twins = [stage for stage in CUTS if stage in names and stage != name and _same(stages[stage], stages[name])]
+    return name != "latent" and bool(twins) and ("latent" in twins or CUTS.index(twins[0]) < CUTS.index(name))
 
 
 def _stage(model: Classifier, name: str) -> Cut:
@@ -78,7 +90,7 @@ def _stage(model: Classifier, name: str) -> Cut:
             lambda inputs, trace: trace.features,
             lambda parts: model.finish(parts).logits,
             modalities,
-            pooled=True,
+            pool,
         )
     return Cut(name, lambda inputs, trace: {FUSED: trace.latent}, lambda parts: model.classify(parts[FUSED]), (FUSED,))
 
@@ -119,15 +131,36 @@ def _module(model: Classifier, name: str, shown: str) -> Cut:
         finally:
             handle.remove()
 
-    return Cut(shown, take, finish, (shown,), pooled=True)
+    return Cut(shown, take, finish, (shown,), partial(pool, channels_first=_channels_first(module)))
 
 
-def pool(part: Tensor) -> Tensor:
-    """Tokens [sample, token, dim] and maps [sample, channel, ...] averaged over tokens and places, [sample, dim]."""
-    return part.mean(1) if part.ndim == 3 else part.flatten(2).mean(2) if part.ndim > 3 else part.flatten(1)
+def pool(part: Tensor, channels_first: bool | None = None) -> Tensor:
+    """Averaged over tokens or places, [sample, dim].
+
+    Where nothing says which axis is which, three axes are tokens [sample, token, dim], and more are maps
+    [sample, channel, ...].
+    """
+    if part.ndim <= 2:
+        return part.flatten(1)
+    first = part.ndim > 3 if channels_first is None else channels_first
+    return part.flatten(2).mean(2) if first else part.flatten(1, -2).mean(1)
+
+
+def _channels_first(module: nn.Module) -> bool | None:
+    """Whether a module's output has its channels before places: what the last of its layers to say so says."""
+    for layer in reversed(list(module.modules())):
+        name = type(layer).__name__
+        if name.startswith(("Conv", "BatchNorm", "InstanceNorm", "GroupNorm", "MaxPool", "AvgPool", "Adaptive")):
+            return True
+        if isinstance(layer, nn.Linear | nn.LayerNorm | nn.Embedding | nn.MultiheadAttention):
+            return False
+    return None
 
 
 def _same(one: Parts, other: Parts) -> bool:
+    """Whether the tensors are equal, part by part; what a single part is called does not matter."""
+    if len(one) == len(other) == 1:
+        one, other = {"": next(iter(one.values()))}, {"": next(iter(other.values()))}
     return one.keys() == other.keys() and all(
         x.shape == other[name].shape and bool((x == other[name]).all()) for name, x in one.items()
     )

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from robustav.data.samples import Progress
-from robustav.geometry.cuts import Cut, pool
+from robustav.geometry.cuts import Cut
 from robustav.geometry.latents import Latents
 from robustav.geometry.measure import Measure, Score, gather, score
 from robustav.metrics.density import (
@@ -38,6 +38,7 @@ class Vectors(NamedTuple):
     layer: str
     part: str
     vectors: Float[Tensor, "sample dim"]
+    turned: bool = False  # from more values than clips into coordinates, so how many there are means nothing
 
 
 class Terms(NamedTuple):
@@ -58,20 +59,13 @@ def vectors_of(
     """
     for cut in cuts:
         for part in cut.mixable:
-            own = _vectors(latents.parts[cut.name][part], cut.pooled)
-            beside = _vectors(others.parts[cut.name][part], cut.pooled) if others is not None else own[:0]
-            both = _compact(torch.cat([own, beside]))
-            yield Vectors(cut.name, part, both[: len(own)]), both[len(own) :] if others is not None else None
-
-
-def _vectors(part: Tensor, pooled: bool) -> Tensor:
-    return pool(part) if pooled else part.flatten(1)
-
-
-def _compact(vectors: Tensor) -> Tensor:
-    if vectors.shape[1] <= len(vectors):
-        return vectors
-    return torch.linalg.qr(vectors.double().T, mode="r").R.T.contiguous()
+            own = cut.pool(latents.parts[cut.name][part])
+            beside = cut.pool(others.parts[cut.name][part]) if others is not None else own[:0]
+            both = torch.cat([own, beside])
+            turned = both.shape[1] > len(both)
+            if turned:
+                both = torch.linalg.qr(both.double().T, mode="r").R.T.contiguous()
+            yield Vectors(cut.name, part, both[: len(own)], turned), both[len(own) :] if others is not None else None
 
 
 def density_measures(
@@ -137,7 +131,9 @@ def _of_vectors(
         "purity gain": lambda c, members: Terms(purity.shares[members, c] - purity.base_rates[c], members),
         "label overlap": lambda c, members: Terms(overlap[members], members),
     }
-    if space != "raw":  # the same in every space but for the scale of an axis, or meant for latents as they are
+    if where.turned:  # these depend on how many dimensions there are
+        del metrics["entropy"], metrics["gaussian density"]
+    elif space != "raw":  # the same in every space but for the scale of an axis, or meant for latents as they are
         del metrics["gaussian density"]
     measures = [by_class(latents, metric, measure, 5 * k, weights, at) for metric, measure in metrics.items()]
     hubs = Score(float(hubness(neighbours, len(z))), np.full(len(weights), np.nan), len(z), len(z))

@@ -1,108 +1,129 @@
 """Where other clips lie among the surveyed ones: adversarial versions of them, or another split."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  (the name that every PyTorch reader knows)
+from jaxtyping import Bool
 from torch import Tensor
 
 from robustav.geometry.cuts import Cut
-from robustav.geometry.density import Terms, Weights, score_of, vectors_of
+from robustav.geometry.density import Terms, Vectors, Weights, score_of, vectors_of
 from robustav.geometry.latents import Latents
 from robustav.geometry.measure import Measure, Score, gather
 from robustav.metrics.neighbourhood import density_and_coverage
 from robustav.metrics.spaces import SPACES
+from robustav.randomness import draw_for
 
 COVERAGE_K = 5  # as its authors use
 
 
-def drift_measures(
-    latents: Latents,
-    others: Latents,
-    cuts: Sequence[Cut],
-    weights: Weights,
-    *,
-    spaces: Sequence[str],
-    adversarial: bool,
-) -> list[Measure]:
-    """D6 of other clips in the surveyed ones.
+class Pairing(NamedTuple):
+    """For each class, rows that make the balls and rows that lie in them or not."""
 
-    Adversarial versions of the same clips are compared with the clean clips of their own class, and with those of the
-    class that they are now taken for (their highest-scoring one). Clips of another split are compared class by class the
-    other way round: how far the surveyed clips lie where that split does.
+    balls: Bool[Tensor, "real class"]
+    points: Bool[Tensor, "other class"]
+    words: str
+
+
+def adversarial_measures(
+    latents: Latents, others: Latents, cuts: Sequence[Cut], weights: Weights, spaces: Sequence[str], seed: int
+) -> list[Measure]:
+    """D6 of adversarial versions of clips in the clean versions of the same clips: of their own class, and of the class
+    that they are now taken for (their highest-scoring one).
     """
     index = {name: i for i, name in enumerate(latents.ids)}
-    if adversarial and (missing := [name for name in others.ids if name not in index]):
+    if missing := [name for name in others.ids if name not in index]:
         raise ValueError(f"clip {missing[0]!r} is not among the surveyed clips: survey the clips of the run")
-    owner = torch.tensor([index.get(name, -1) for name in others.ids])
+    owner = torch.tensor([index[name] for name in others.ids])
+    # The clean clips' labels: where nobody labelled a clip, the others' are what they are taken for now.
+    labels = latents.labels[owner]
     taken_for = F.one_hot(others.logits.argmax(1), len(latents.classes)).bool()
+    pairings = [
+        Pairing(labels, labels, "adversarial in clean of its class"),
+        Pairing(labels, taken_for, "adversarial in clean of the class it is taken for"),
+    ]
     measures = []
+    for where, space, z, y in _spaces(latents, others, cuts, spaces):
+        at = {"layer": where.layer, "part": where.part, "space": space}
+        if isinstance(z, str) or isinstance(y, str):
+            measures.append(_unmeasured(latents, str(z), weights, at))
+            continue
+        for pairing in pairings:
+            measures += _drift(latents, z[owner], y, owner, owner, pairing, weights, seed, at)
+    return measures
+
+
+def against_measures(
+    latents: Latents, others: Latents, cuts: Sequence[Cut], weights: Weights, spaces: Sequence[str], seed: int
+) -> list[Measure]:
+    """D6 of the surveyed clips in others, class by class: how far test clips lie where training clips do."""
+    everyone, nobody = torch.arange(len(latents)), torch.full((len(others),), -1)
+    pairing = Pairing(others.labels, latents.labels, "surveyed in the other clips")
+    measures = []
+    for where, space, z, y in _spaces(latents, others, cuts, spaces):
+        at = {"layer": where.layer, "part": where.part, "space": space}
+        if isinstance(z, str) or isinstance(y, str):
+            measures.append(_unmeasured(latents, str(z), weights, at))
+            continue
+        measures += _drift(latents, y, z, nobody, everyone, pairing, weights, seed, at)
+    return measures
+
+
+def _spaces(
+    latents: Latents, others: Latents, cuts: Sequence[Cut], spaces: Sequence[str]
+) -> Iterator[tuple[Vectors, str, Tensor | str, Tensor | str]]:
+    """Both sets in every space, on the axes of the surveyed clips; or why they cannot be looked at there."""
     for where, beside in vectors_of(latents, cuts, others):
         assert beside is not None
         for space in spaces:
-            at = {"layer": where.layer, "part": where.part, "space": space}
             try:
-                z, y = SPACES[space].transform(where.vectors), SPACES[space].transform(beside, where.vectors)
-            except ValueError as error:
-                reasons = [str(error)] * len(latents.classes)
-                measures.append(gather(latents.classes, reasons, len(weights), metric="density in", **at))
-                continue
-            if adversarial:
-                # The clean clips' labels: where nobody labelled a clip, the others' are what they are taken for now.
-                settings = {
-                    "clean of its class": latents.labels[owner],
-                    "clean of the class it is taken for": taken_for,
-                }
-                for words, groups in settings.items():
-                    pairs = [
-                        (
-                            z[latents.labels[:, c]],
-                            y[groups[:, c]],
-                            latents.labels[:, c].nonzero().flatten(),
-                            owner[groups[:, c]],
-                        )
-                        for c in range(len(latents.classes))
-                    ]
-                    measures += _drift(latents, pairs, "adversarial", words, weights, at)
-            else:
-                nobody = torch.full((len(others),), -1)
-                pairs = [
-                    (
-                        y[others.labels[:, c]],
-                        z[latents.labels[:, c]],
-                        nobody[others.labels[:, c]],
-                        latents.labels[:, c].nonzero().flatten(),
-                    )
-                    for c in range(len(latents.classes))
-                ]
-                measures += _drift(latents, pairs, "surveyed", "the other clips", weights, at)
-    return measures
+                transform = SPACES[space].transform
+                yield where, space, transform(where.vectors), transform(beside, where.vectors)
+            except ValueError as error:  # silence has no direction, and equal clips no axes
+                yield where, space, str(error), str(error)
+
+
+def _unmeasured(latents: Latents, reason: str, weights: Weights, at: dict[str, str]) -> Measure:
+    return gather(latents.classes, [reason] * len(latents.classes), len(weights), metric="density in", **at)
 
 
 def _drift(
     latents: Latents,
-    pairs: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
-    who: str,
-    where: str,
+    real: Tensor,
+    other: Tensor,
+    real_owners: Tensor,
+    other_owners: Tensor,
+    pairing: Pairing,
     weights: Weights,
+    seed: int,
     at: dict[str, str],
 ) -> list[Measure]:
+    """Density and coverage of every class, on as many clips of both sets: more clips would cover more."""
     densities: list[Score | str] = []
     coverages: list[Score | str] = []
-    for real, other, real_owners, other_owners in pairs:
-        if len(real) <= COVERAGE_K or len(other) == 0:
-            densities.append(reason := f"{len(real)} and {len(other)} clips: too few")
+    for c in range(len(latents.classes)):
+        balls, points = (mask[:, c].nonzero().flatten() for mask in (pairing.balls, pairing.points))
+        size = min(len(balls), len(points))
+        if size <= COVERAGE_K:
+            densities.append(reason := f"{len(balls)} and {len(points)} clips: too few")
             coverages.append(reason)
             continue
-        terms = density_and_coverage(real, other, COVERAGE_K)
-        densities.append(_owned(terms.density, other_owners, weights))
-        coverages.append(_owned(terms.covered.double(), real_owners, weights))
-    setting = f"k={COVERAGE_K}, {who} in {where}"
+        balls, points = (_some(rows, size, draw_for(seed, "drift", str(c))) for rows in (balls, points))
+        terms = density_and_coverage(real[balls], other[points], COVERAGE_K)
+        densities.append(_owned(terms.density, other_owners[points], weights))
+        coverages.append(_owned(terms.covered.double(), real_owners[balls], weights))
+    setting = f"k={COVERAGE_K}, {pairing.words}"
     return [
         gather(latents.classes, found, len(weights), metric=metric, setting=setting, **at)
         for metric, found in (("density in", densities), ("coverage of", coverages))
     ]
+
+
+def _some(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    return rows if len(rows) == size else rows[torch.randperm(len(rows), generator=generator)[:size]].sort().values
 
 
 def _owned(values: Tensor, owners: Tensor, weights: Weights) -> Score:

@@ -46,6 +46,8 @@ class Joined:
     measures: Sequence[Measure]
     attacked: str
     same_clips: bool
+    goal: str
+    threat: str  # modalities and budgets: what must be the same for models to be compared
 
 
 def join(
@@ -53,15 +55,15 @@ def join(
     metrics: Metrics,
     survey: Survey,
     *,
-    target: str,
+    targets: Sequence[str],
     attacked: str | None = None,
     clips: str = "auto",
     model: str | Classifier | None = None,
     data: str | None = None,
     checkpoint: Path | None = None,
     progress: Progress = silent,
-) -> Joined:
-    """Survey a run's model and read the target from its ledger.
+) -> dict[str, Joined]:
+    """Survey a run's model once, and read every target from its ledger.
 
     Metric and target of the same clips share their noise, which alone can correlate them; so with `clips` "other" the
     survey looks at clips of the run's data that the run did not attack, with "same" at those it did, and with "auto" at
@@ -74,8 +76,8 @@ def join(
     record = ledger.record()
     identity, asked = record["identity"], record["about"].get("asked", {})
     name = str(record["about"].get("model", record["model"]))
-    if attacked == "both":
-        attacked = "+".join(sorted(identity["specs"]))
+    if attacked is not None:
+        attacked = "+".join(sorted(identity["specs"] if attacked == "both" else attacked.split("+")))
     chosen = attacked or _widest(identity["conditions"], ledger)
     others = record["clips_in_all"] - record["clips"]
     same = clips == "same" or (clips == "auto" and others < record["clips"] / 2)
@@ -99,9 +101,12 @@ def join(
             weights = _of_the_same(ledger, view)
         else:
             weights = bootstrap_weights(_usable_clips(ledger), len(view.weights), seed=view.survey.seed + 1)
-        found = measured(ledger, chosen, target, weights, survey.threshold)
-        measures = [*_baselines(view, ledger, chosen, target, progress), *metrics(view, progress)]
-    return Joined(name, view, found, measures, chosen, same)
+        scored = {target: measured(ledger, chosen, target, weights, survey.threshold) for target in targets}
+        baselines = _baselines(view, ledger, chosen, targets, progress)
+        measures = metrics(view, progress)
+    goal = identity["goal"]["words"]
+    threat = repr([goal, [d["budgets"] for d in identity["conditions"].values() if "+".join(d["attacked"]) == chosen]])
+    return {t: Joined(name, view, scored[t], [*baselines[t], *measures], chosen, same, goal, threat) for t in targets}
 
 
 def _usable_clips(ledger: Ledger) -> int:
@@ -115,7 +120,9 @@ def _of_the_same(ledger: Ledger, view: View) -> Int[np.ndarray, "resample sample
     return view.weights
 
 
-def _baselines(view: View, ledger: Ledger, attacked: str, target: str, progress: Progress) -> list[Measure]:
+def _baselines(
+    view: View, ledger: Ledger, attacked: str, targets: Sequence[str], progress: Progress
+) -> dict[str, list[Measure]]:
     """The simple scores that a latent metric must beat: clean, both margins, and the score under Gaussian noise."""
     latents, classes = view.latents, view.latents.classes
     threshold = view.survey.threshold
@@ -128,11 +135,12 @@ def _baselines(view: View, ledger: Ledger, attacked: str, target: str, progress:
         for batch in view.reader.read(view.chosen[start : start + view.reader.batch_size])[0]:
             labels = latents.labels[done : done + len(batch.ids)]
             done += len(batch.ids)
-            first.append(first_order_margins(view.model, batch.inputs, labels, budgets, threshold))
+            here = {m: replace(b, writable=batch.writable.get(m)) for m, b in budgets.items()}
+            first.append(first_order_margins(view.model, batch.inputs, labels, here, threshold))
             for multiple, kept in noisy_logits.items():
                 draws = draws_for(view.survey.seed, batch.ids, "noise", str(multiple))
                 kept.append(
-                    view.reader.score(noisy(batch.inputs, budgets, multiple, draws), batch.ids).logits.float().cpu()
+                    view.reader.score(noisy(batch.inputs, here, multiple, draws), batch.ids).logits.float().cpu()
                 )
     progress("margins and noise", len(view.chosen), len(view.chosen))
 
@@ -149,19 +157,25 @@ def _baselines(view: View, ledger: Ledger, attacked: str, target: str, progress:
 
     own = latents.logits.numpy()
 
-    def scored(logits: np.ndarray) -> ClassScores:
+    def scored(target: str, logits: np.ndarray, by: Callable[[Scored], ClassScores] | None = None) -> ClassScores:
         multilabel = latents.label_kind == "multilabel"
-        return TARGETS[target].score(Scored(logits, own, latents.labels.numpy(), view.weights, threshold, multilabel))
+        return (by or TARGETS[target].score)(
+            Scored(logits, own, latents.labels.numpy(), view.weights, threshold, multilabel)
+        )
 
-    return [
-        given("clean score", scored(own)),
+    margins = [
         mean("logit margin", label_margins(latents.logits, latents.labels, threshold, latents.label_kind)),
         mean("first-order margin", torch.cat(first)),
-        *(
-            given(f"noise score x{multiple}", scored(torch.cat(kept).numpy()))
-            for multiple, kept in noisy_logits.items()
-        ),
     ]
+    under_noise = {multiple: torch.cat(kept).numpy() for multiple, kept in noisy_logits.items()}
+    return {
+        target: [
+            given("clean score", scored(target, own, TARGETS[target].clean)),
+            *margins,
+            *(given(f"noise score x{multiple}", scored(target, logits)) for multiple, logits in under_noise.items()),
+        ]
+        for target in targets
+    }
 
 
 def _widest(conditions: Mapping[str, Mapping[str, Any]], ledger: Ledger) -> str:

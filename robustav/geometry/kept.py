@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from robustav import keep
 from robustav.classifier import LabelKind
 from robustav.data.samples import Sample, Samples
+from robustav.geometry.targets import size_of_budgets
 from robustav.ledger import Ledger, digest_of
 from robustav.plan import CLEAN
 
@@ -33,7 +34,7 @@ class KeptSamples:
             ranked,
             key=lambda key: (
                 len(attacks[key]["attacked"]),
-                sum(map(_size, attacks[key]["radii"].values())),
+                size_of_budgets(attacks[key]),
                 list(attacks).index(key),
             ),
         )
@@ -50,8 +51,3 @@ class KeptSamples:
         name = self.ids[index]
         inputs = keep.load(keep.folder_of(self.ledger.folder, self.condition, name))
         return Sample(name, inputs, self.clean.load(self.places[name]).labels)
-
-
-def _size(radius: float | str) -> float:
-    """A number that grows with a budget: its radius, or the ratio of amplitudes that a number of decibels means."""
-    return 10 ** (-float(radius.removesuffix("dB")) / 20) if isinstance(radius, str) else float(radius)

@@ -46,7 +46,7 @@ def collect(
     cuts: Sequence[Cut],
     progress: Progress = lambda what, done, total: None,
 ) -> Latents:
-    """Read the clips at `indices` and keep what each cut takes, in float32.
+    """Read the clips at `indices` and keep what each cut takes, in the network's own precision.
 
     Raises `ValueError` if no clip can be used, if a latent is not finite (naming the clip), or if all of it would take
     more than `MEMORY` bytes (naming the layer that takes most).
@@ -71,7 +71,7 @@ def collect(
                         clip = batch.ids[int((~finite).nonzero()[0])]
                         raise ValueError(f"the {name} of clip {clip!r} ({part}) is not finite (NaN or infinite)")
                     # A copy: what a stage returns may be a view of its input, or of a buffer that it uses again.
-                    kept[name].setdefault(part, []).append(x.detach().to("cpu", torch.float32, copy=True))
+                    kept[name].setdefault(part, []).append(x.detach().to("cpu", copy=True))
             if not ids:
                 _check_memory(kept, len(batch.ids), len(indices))
             ids += batch.ids

@@ -1,5 +1,6 @@
 """A measure: one metric of every class at one place, with its resamples over clips."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from robustav.metrics.intervals import FEW_CLIPS, Interval, percentile_interval
 CHUNK = 2**22  # entries of [resample, unit] worked on at once
 MACRO = "macro mean"
 NO_INTERVAL = Interval(np.nan, np.nan)
+MOST_LACKING = 0.1  # share of resamples without a value that an interval may have
 
 
 class Score(NamedTuple):
@@ -48,7 +50,7 @@ class Measure:
     @property
     def where(self) -> str:
         """Layer and part, as in "audio features"; where there is one part only, the layer."""
-        return self.layer if self.part in ("", self.layer, "fused") else f"{self.part} {self.layer}"
+        return where_of(self.layer, self.part)
 
     @property
     def key(self) -> str:
@@ -63,20 +65,21 @@ class Measure:
 
     @property
     def macro_resampled(self) -> Float[np.ndarray, " resample"]:
-        """The macro mean on every resample."""
-        return self._mean(self.resampled)
+        """The macro mean on every resample; a class that a resample lacks keeps its value there."""
+        never = np.isnan(self.resampled).all(axis=0)  # what is not drawn again has no resamples
+        return self._mean(np.where(np.isnan(self.resampled) & ~never, self.values, self.resampled))
 
     def interval(self, i: int) -> Interval:
         """95 % interval of class `i`; (nan, nan) where it rests on fewer than `FEW_CLIPS` clips."""
-        return percentile_interval(self.resampled[:, i]) if self.clips[i] >= FEW_CLIPS else NO_INTERVAL
+        return _interval(self.resampled[:, i]) if self.clips[i] >= FEW_CLIPS else NO_INTERVAL
 
     @property
     def macro_interval(self) -> Interval:
         """Likewise of the macro mean."""
-        return percentile_interval(self.macro_resampled) if self.clips.max() >= FEW_CLIPS else NO_INTERVAL
+        return _interval(self.macro_resampled) if self.clips.max() >= FEW_CLIPS else NO_INTERVAL
 
     def _mean(self, values: Float[np.ndarray, "row class"]) -> Float[np.ndarray, " row"]:
-        """Over the classes that have a value on the clips themselves: a resample that lacks one has no macro mean."""
+        """Over the classes that have a value on the clips themselves."""
         here = values[:, ~np.isnan(self.values)]
         return here.mean(1) if here.shape[1] else np.full(len(values), np.nan)
 
@@ -92,10 +95,20 @@ class Measure:
         if len(self.names) > 1:
             ends = self.macro_interval
             found = {"class": MACRO, "value": self.macro, "low": ends.low, "high": ends.high}
-            counts = {"clips": int(self.clips.max()), "units": int(self.units.sum())}
+            counts = {"units": int(self.units.sum())}
             left_out = f"{len(self.skipped)} of {len(self.names)} classes skipped" if self.skipped else ""
             rows.append({**where, **found, **counts, "skipped": left_out})
         return pd.DataFrame(rows)
+
+
+def where_of(layer: str, part: str) -> str:
+    """Layer and part in words."""
+    return layer if part in ("", layer, "fused") else f"{part} {layer}"
+
+
+def _interval(resampled: Float[np.ndarray, " resample"]) -> Interval:
+    """None where more than a tenth of the resamples have no value: the others are a selection."""
+    return percentile_interval(resampled) if np.isnan(resampled).mean() <= MOST_LACKING else NO_INTERVAL
 
 
 def score(
@@ -107,9 +120,10 @@ def score(
     """`sum(numerator) / sum(denominator)`, and the same with each unit weighted by the product of its clips' weights.
 
     A unit is a clip (one owner) or a pair (two): drawing clips again and rebuilding the pairs gives each pair that
-    many copies. Units whose numerator or denominator is nan are left out; nan where the denominators sum to 0.
+    many copies, and is put right where pairs are so few that their own variation counts. Units whose numerator or
+    denominator is nan, or that do not count (denominator 0), are left out; nan where nothing is left.
     """
-    usable = np.isfinite(numerator) & np.isfinite(denominator)
+    usable = np.isfinite(numerator) & np.isfinite(denominator) & (denominator != 0)
     top, bottom, owners = numerator[usable], denominator[usable], clips[usable]
     resampled = np.empty((2, len(weights)))
     step = max(CHUNK // max(len(top), 1), 1)
@@ -123,7 +137,20 @@ def score(
         value = np.divide(top.sum(), bottom.sum())
         ratio = np.divide(*resampled)
     finite = np.where(np.isfinite(ratio), ratio, np.nan)
+    if owners.shape[1] > 1 and np.isfinite(value):
+        finite = value + (finite - value) * _shrinkage(top, bottom, float(value), finite)
     return Score(float(value) if np.isfinite(value) else float("nan"), finite, len(np.unique(owners)), len(top))
+
+
+def _shrinkage(top: np.ndarray, bottom: np.ndarray, value: float, resampled: np.ndarray) -> float:
+    """By how much resamples of pairs spread too far.
+
+    A product of two weights has a variance of 3 where a pair drawn anew has one of 1, so what pairs vary by on their
+    own counts three times; it is taken out twice. With many pairs a clip this is next to nothing.
+    """
+    spread = float(np.nanvar(resampled)) if np.isfinite(resampled).any() else 0.0
+    alone = float(np.square((top - value * bottom) / bottom.mean()).mean() / len(top))
+    return math.sqrt(min(1.0, max(1 - 2 * alone / spread, 1 / 3))) if spread > 0 else 1.0
 
 
 def gather(names: Sequence[str], scores: Sequence[Score | str], resamples: int, **where: str) -> Measure:

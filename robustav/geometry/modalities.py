@@ -20,34 +20,23 @@ MOST_MATCHED = 64  # principal axes on which modalities are compared, if each ha
 def modality_measures(latents: Latents, cuts: Sequence[Cut], weights: Weights, k: int, seed: int) -> list[Measure]:
     """D7: which modality has its classes closer together, and what fusing adds; where there are two modalities.
 
-    All on as many principal axes and at the same mean distance to the nearest row. And how far each modality's features
-    lie where the other's do (D6), after turning one onto the other.
+    All on as many principal axes and at the same mean distance to the nearest row.
     """
-    features = {
-        where.part: where.vectors for where, _ in vectors_of(latents, [c for c in cuts if c.name == "features"])
-    }
-    fused = {where.part: where.vectors for where, _ in vectors_of(latents, [c for c in cuts if c.name == "latent"])}
-    if len(features) != 2 or len(latents) < 3:
+    z = _matched(latents, cuts)
+    if z is None:
         return []
-    parts = features | fused
-    dim = min(MOST_MATCHED, len(latents) - 1, *(x.shape[1] for x in parts.values()))
-    at = {"layer": "features", "space": "matched", "setting": f"k={k}, {dim} axes"}
-    try:
-        z = {part: matched(x, dim) for part, x in parts.items()}
-    except ValueError as error:
-        return [
-            gather(
-                latents.classes, [str(error)] * len(latents.classes), len(weights), metric="modality gap", part="", **at
-            )
-        ]
-    first, second = sorted(features)
+    if isinstance(z, str):
+        reasons, at = [z] * len(latents.classes), {"layer": "features", "part": "", "space": "matched"}
+        return [gather(latents.classes, reasons, len(weights), metric="modality gap", setting=f"k={k}", **at)]
+    at = {"layer": "features", "space": "matched", "setting": f"k={k}"}
+    first, second = sorted(part for part in z if part != FUSED)
 
     def gap(c: int, members: Tensor) -> Terms:
         one, other = (relative_terms(z[part], latents, c, k, seed) for part in (first, second))
         return Terms(one.numerator - other.numerator, one.owners)
 
     measures = [by_class(latents, "modality gap", gap, 5 * k, weights, at | {"part": f"{first} - {second}"})]
-    if fused:
+    if FUSED in z:
 
         def own(part: str) -> Measure:
             return by_class(
@@ -60,16 +49,40 @@ def modality_measures(latents: Latents, cuts: Sequence[Cut], weights: Weights, k
             )
 
         measures.append(_gain(own(FUSED), [own(first), own(second)]))
-    aligned = procrustes(z[first], z[second])
-    terms = density_and_coverage(aligned.target, aligned.source, COVERAGE_K) if len(latents) > COVERAGE_K else None
-    if terms is not None:
-        everyone = torch.arange(len(latents))
-        at = at | {"part": f"{first} in {second}", "setting": f"k={COVERAGE_K}, {dim} axes, turned onto one another"}
-        for metric, values in (("density in", terms.density), ("coverage of", terms.covered.double())):
-            measures.append(
-                gather([SET], [score_of(Terms(values, everyone), weights)], len(weights), metric=metric, **at)
-            )
     return measures
+
+
+def overlap_measures(latents: Latents, cuts: Sequence[Cut], weights: Weights) -> list[Measure]:
+    """D6 of one modality's features in the other's, matched and turned onto them; where there are two modalities."""
+    z = _matched(latents, cuts)
+    if z is None or isinstance(z, str) or len(latents) <= COVERAGE_K:
+        return []
+    first, second = sorted(part for part in z if part != FUSED)
+    aligned = procrustes(z[first], z[second])
+    terms = density_and_coverage(aligned.target, aligned.source, COVERAGE_K)
+    at = {"layer": "features", "part": f"{first} in {second}", "space": "matched"}
+    setting, everyone = f"k={COVERAGE_K}, turned onto one another", torch.arange(len(latents))
+    return [
+        gather([SET], [score_of(Terms(values, everyone), weights)], len(weights), metric=metric, setting=setting, **at)
+        for metric, values in (("density in", terms.density), ("coverage of", terms.covered.double()))
+    ]
+
+
+def _matched(latents: Latents, cuts: Sequence[Cut]) -> dict[str, Tensor] | str | None:
+    """Both modalities' features and, if it is looked at, the fused latent, made comparable; or why they cannot be.
+
+    None where there are not two modalities to compare, or hardly any clips.
+    """
+    features = {w.part: w.vectors for w, _ in vectors_of(latents, [c for c in cuts if c.name == "features"])}
+    fused = {w.part: w.vectors for w, _ in vectors_of(latents, [c for c in cuts if c.name == "latent"])}
+    if len(features) != 2 or len(latents) < 3:
+        return None
+    parts = features | fused
+    dim = min(MOST_MATCHED, len(latents) - 1, *(x.shape[1] for x in parts.values()))
+    try:
+        return {part: matched(x, dim) for part, x in parts.items()}
+    except ValueError as error:  # features that do not vary have no axes
+        return str(error)
 
 
 def _gain(fused: Measure, single: Sequence[Measure]) -> Measure:

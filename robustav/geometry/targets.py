@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,18 +64,29 @@ def kept(given: Scored) -> ClassScores:
     return _shares(after, given.labels & before, given.weights)
 
 
+def recalled(given: Scored) -> ClassScores:
+    """Share of each class's clips that are accepted."""
+    return _shares(accepted(given.logits, given), given.labels, given.weights)
+
+
 @dataclass(frozen=True)
 class Target:
-    """A way to score a class, larger is better, and its name in a report."""
+    """A way to score a class, larger is better, its name in a report, and the clean score that goes with it.
+
+    What is kept of the clips accepted clean is 1 without an attack, so there the clean score is the share accepted.
+    """
 
     score: Callable[[Scored], ClassScores]
     words: str
+    clean: Callable[[Scored], ClassScores]
 
 
 TARGETS: dict[str, Target] = {
-    "ap": Target(precision, "average precision"),
-    "hit": Target(hit, "top-1 hit rate of the class's clips"),
-    "kept": Target(kept, "share still accepted of the class's clips accepted clean (one minus attack success)"),
+    "ap": Target(precision, "average precision", precision),
+    "hit": Target(hit, "top-1 hit rate of the class's clips", hit),
+    "kept": Target(
+        kept, "share still accepted of the class's clips accepted clean (one minus attack success)", recalled
+    ),
 }
 
 
@@ -88,6 +99,7 @@ class Measured(NamedTuple):
     margin: ClassScores  # mean margin of the class's clean clips
     frequency: ClassScores  # log of how many clips have it
     clips: int
+    unlabelled: int  # of them: the model's own clean prediction stood in
     levels: int  # budgets that the mean is over
 
 
@@ -144,10 +156,11 @@ def measured(ledger: Ledger, attacked: str, target: str, weights: Weights, thres
     return Measured(
         mean_of(robust),
         mean_of(success),
-        TARGETS[target].score(given),
+        TARGETS[target].clean(given),
         _margins(given, identity["label_kind"]),
         ClassScores(np.log(counts[0]), np.log(counts[1])),
         len(clean),
+        int((~clean["labelled"].astype(bool)).sum()),
         len(levels),
     )
 
@@ -162,11 +175,17 @@ def mean_of(scores: Sequence[ClassScores]) -> ClassScores:
 def budgets_of(ledger: Ledger, attacked: str, model: Classifier) -> dict[str, Budget]:
     """The largest budget that a run gave each modality of `attacked`."""
     conditions = ledger.record()["identity"]["conditions"].values()
-    level = max((d for d in conditions if "+".join(d["attacked"]) == attacked), key=lambda d: d["level"])
+    level = max((d for d in conditions if "+".join(d["attacked"]) == attacked), key=size_of_budgets)
     return {
         m: parse_budget(str(level["radii"][m]), model.specs[m], level["budgets"][m].partition(",")[0])
         for m in level["attacked"]
     }
+
+
+def size_of_budgets(condition: Mapping[str, Any]) -> float:
+    """A number that grows with the budgets of one norm: radii, or the ratios of amplitudes that decibels mean."""
+    radii = condition["radii"].values()
+    return sum(10 ** (-float(r.removesuffix("dB")) / 20) if isinstance(r, str) else float(r) for r in radii)
 
 
 def noisy(inputs: Inputs, budgets: Mapping[str, Budget], multiple: float, draws: Draws) -> Inputs:
@@ -181,6 +200,8 @@ def noisy(inputs: Inputs, budgets: Mapping[str, Budget], multiple: float, draws:
         spread = {"linf": 1.0, "l2": size**-0.5, "l1": 1 / (size * (2 / torch.pi) ** 0.5)}[budget.norm]
         noise = torch.stack([torch.randn(clean.shape[1:], generator=draw) for draw in draws]).to(clean)
         radius = torch.as_tensor(budget.radius(clean)).to(clean).reshape(-1, *[1] * (clean.ndim - 1))
+        if budget.writable is not None:
+            noise = torch.where(budget.writable, noise, 0)
         moved[m] = (clean + multiple * spread * radius * noise).clamp(budget.low, budget.high)
     return moved
 
@@ -195,7 +216,8 @@ def first_order_margins(
     """Margin over the fall of the margin that the gradient promises for one budget: below 1, a full step should do.
 
     `M / sum_m epsilon_m ||grad_m M||_q` with q dual to the budget's norm [methods of Hein and Andriushchenko, 2017,
-    arXiv:1705.08475; Lyu et al., 2015, arXiv:1511.06385]; nan for classes that are no label of the clip.
+    arXiv:1705.08475; Lyu et al., 2015, arXiv:1511.06385]; nan for classes that are no label of the clip, infinite where the
+    gradient is zero, which a mean over clips leaves out.
     """
     margins = torch.full(labels.shape, float("nan"), dtype=torch.float64)
     thresholds = torch.full((labels.shape[1],), threshold)
@@ -210,6 +232,8 @@ def first_order_margins(
         fall = torch.zeros(len(rows), dtype=torch.float64, device=margin.device)
         for (m, budget), gradient in zip(budgets.items(), gradients, strict=True):
             if gradient is not None:
+                if budget.writable is not None:
+                    gradient = torch.where(budget.writable[rows], gradient, 0)
                 radius = torch.as_tensor(budget.radius(inputs[m][rows]), dtype=torch.float64, device=fall.device)
                 fall += radius * _dual_length(gradient, budget.norm)
         margins[rows.cpu(), c] = (margin.detach().double() / fall).cpu()

@@ -13,10 +13,20 @@ from robustav.geometry.targets import MULTIPLES, TARGETS
 from robustav.metrics.correlation import kendall, spearman
 from robustav.metrics.intervals import Interval, bca_interval, centred_interval, holm, percentile_interval
 from robustav.metrics.selection import held_out
-from robustav.metrics.validity import claim, class_draws, jackknife, permutation_p, two_level, within
+from robustav.metrics.validity import across, claim, class_draws, jackknife, permutation_p, two_level, within
 
 BASELINES = ("clean score", "logit margin", "first-order margin", *(f"noise score x{n}" for n in MULTIPLES))
 ALPHA = 0.05
+SCALED = (  # depend on the scale of the latents, or on recall alone: never compared between models
+    "log density",
+    "-log radius",
+    "entropy",
+    "gaussian density",
+    "kernel density",
+    "published convexity",
+    "both ends accepted",
+    "both ends rejected",
+)
 CONTROLS = ("clean score", "log frequency", "logit margin")
 
 
@@ -56,9 +66,10 @@ def validate(joined: Sequence[Joined], *, target: str, seed: int) -> Validation:
             table.loc[tried, f"{column}_holm"] = holm(table.loc[tried, column].to_numpy(dtype=float))
     said = [claim(Interval(row["partial_low"], row["partial_high"])) for _, row in table.iterrows()]
     table["predicts"] = [one.predicts for one in said]
+    unadjusted = ~(table["partial_p_holm"] < ALPHA) & ~table["metric"].isin(BASELINES)
     table["verdict"] = [
-        one.words if not one.predicts or not p >= ALPHA else f"{one.words}; not after Holm"
-        for one, p in zip(said, table["partial_p_holm"], strict=True)
+        f"{one.words}; not after Holm" if one.predicts and late else one.words
+        for one, late in zip(said, unadjusted, strict=True)
     ]
     robust = np.stack([run.measured.robust.values for run in joined])
     return Validation(
@@ -164,23 +175,42 @@ def _held_out(predictors: Mapping[str, Sequence[Measure | None]], robust: np.nda
 
 
 def _across(joined: Sequence[Joined], predictors: Mapping[str, Sequence[Measure | None]], seed: int) -> pd.DataFrame:
-    """Macro means with models as units, for predictors that at least 3 models have."""
+    """Macro means with models as units, for predictors without a scale that at least 3 comparable models have.
+
+    Comparable are runs with the same goal, attacked modalities and budgets; of several such groups the largest.
+    """
+    threats = [run.threat for run in joined]
+    chosen = [i for i, threat in enumerate(threats) if threat == max(threats, key=threats.count)]
     rows = []
-    robust = np.array([np.nanmean(run.measured.robust.values) for run in joined])
     for key, found in predictors.items():
-        here = [(m.macro, y) for m, y in zip(found, robust, strict=True) if m is not None]
-        if len(here) < 3:
+        here = [(m, joined[i].measured.robust) for i in chosen if (m := found[i]) is not None]
+        if len(here) < 3 or here[0][0].metric in SCALED:
             continue
-        values, target = np.array(here).T
-        one = next(m for m in found if m is not None)
+        one = here[0][0]
+        values = np.array([m.macro for m, _ in here])
+        robust = np.array([np.nanmean(scores.values) for _, scores in here])
+        draws = class_draws(len(here), here[0][0].resampled.shape[0], seed=seed)
+        resampled = across(
+            np.stack([m.macro_resampled for m, _ in here]),
+            np.stack([np.nanmean(scores.resampled, axis=1) for _, scores in here]),
+            draws,
+        )
+        rho = float(spearman(values, robust))
+        ends = centred_interval(rho, resampled)
         rows.append(
             {
                 "key": key, "metric": one.metric, "where": one.where, "space": one.space, "setting": one.setting,
-                "models": len(here), "rho": float(spearman(values, target)), "kendall": float(kendall(values, target)),
-                "p": permutation_p(values, target, seed=seed),
+                "models": len(here), "rho": rho, "rho_low": max(ends.low, -1.0), "rho_high": min(ends.high, 1.0),
+                "kendall": float(kendall(values, robust)), "p": permutation_p(values, robust, seed=seed),
             }
         )  # fmt: skip
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    if len(table):
+        tried = table["p"].notna()
+        table["p_holm"] = np.nan
+        if tried.any():
+            table.loc[tried, "p_holm"] = holm(table.loc[tried, "p"].to_numpy(dtype=float))
+    return table
 
 
 def _by_class(

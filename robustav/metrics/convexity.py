@@ -17,6 +17,7 @@ from robustav.metrics.neighbours import nearest_within
 from robustav.metrics.pairs import Pairs
 from robustav.metrics.shortcuts import Parts
 
+BLOCK = 2**24  # values of differences worked on at once
 SIGMAS = (0.5, 1.0, 2.0, 4.0)  # noise of `hardened`, in typical distances
 
 
@@ -44,7 +45,8 @@ def li2022(points: Float[Tensor, "pair point"]) -> Terms:
     `points` are margins at threshold 0.1 and weights uniform in [0, 1], one a pair. Multilabel; for probabilities of a
     softmax, give `log_odds` of the logits to the engine as if they were multilabel. In [0, 1]. Where what follows the
     cut is linear, it lies between the share of pairs with both ends accepted and one minus that with both rejected:
-    it then measures recall at tau, and tracks how common a class is. Print `both_accepted` with it.
+    it then measures recall at tau, and tracks how common a class is (of a softmax only the first bound holds). Print
+    `both_accepted` with it.
 
     >>> li2022(torch.tensor([[0.5], [-0.1]])).numerator
     tensor([1., 0.])
@@ -232,11 +234,16 @@ def segment_lengths(parts: Parts, pairs: Pairs, units: dict[str, float]) -> Floa
     """
     if not units or not units.keys() <= parts.keys():
         raise ValueError(f"`units` must name parts among {sorted(parts)}, at least one, got {sorted(units)}")
-    squares = [
-        ((parts[name][pairs.first] - parts[name][pairs.second]).flatten(1) / unit).square().sum(1)
-        for name, unit in units.items()
-    ]
-    return torch.stack(squares).sum(0).sqrt()
+    largest = max(parts[name][0].numel() for name in units)
+    lengths = []
+    for rows in torch.arange(len(pairs.first), device=pairs.first.device).split(max(1, BLOCK // max(1, largest))):
+        first, second = pairs.first[rows], pairs.second[rows]
+        squares = [
+            ((parts[name][first] - parts[name][second]).flatten(1) / unit).square().sum(1)
+            for name, unit in units.items()
+        ]
+        lengths.append(torch.stack(squares).sum(0).sqrt())
+    return torch.cat(lengths)
 
 
 def log_odds(logits: Float[Tensor, "point class"]) -> Float[Tensor, "point class"]:

@@ -1,7 +1,7 @@
 """Figures of latents: metric by layer, convexity under noise, a map of latents, and metric against attack success."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from robustav.geometry.cuts import pool
+from robustav.geometry.cuts import Cut
 from robustav.geometry.latents import Latents
-from robustav.geometry.measure import MACRO
+from robustav.geometry.measure import MACRO, where_of
 from robustav.metrics.spaces import principal
 from robustav.report.figures import THEME, save_figure
 
@@ -43,7 +43,7 @@ def by_layer(rows: pd.DataFrame, metric: str = "relative density") -> Figure | N
     if here.empty:
         return None
     here = here[here["setting"] == here["setting"].iloc[0]]
-    here = here.assign(place=[_place(layer, part) for layer, part in zip(here["layer"], here["part"], strict=True)])
+    here = here.assign(place=[where_of(layer, part) for layer, part in zip(here["layer"], here["part"], strict=True)])
     places = list(dict.fromkeys(here["place"]))
     with _theme():
         figure = Figure(figsize=(1.3 * len(places) + 1.6, 3.4), layout="constrained")
@@ -70,7 +70,7 @@ def hardened_curves(rows: pd.DataFrame) -> Figure | None:
         return None
     here = here.assign(
         sigma=here["setting"].str.extract(r"sigma=([\d.e+-]+)")[0].astype(float),
-        place=[_place(layer, part) for layer, part in zip(here["layer"], here["part"], strict=True)],
+        place=[where_of(layer, part) for layer, part in zip(here["layer"], here["part"], strict=True)],
     )
     places = list(dict.fromkeys(here["place"]))
     classes = [name for name in dict.fromkeys(here["class"]) if name != MACRO]
@@ -95,16 +95,21 @@ def hardened_curves(rows: pd.DataFrame) -> Figure | None:
     return figure
 
 
-def latent_views(latents: Latents, adversarial: Latents | None) -> dict[str, Figure | None]:
+def latent_views(latents: Latents, adversarial: Latents | None, cuts: Sequence[Cut]) -> dict[str, Figure | None]:
     """For every layer and part: two principal axes of the clean latents, and the adversarial ones on the same axes."""
     figures: dict[str, Figure | None] = {}
-    for layer, parts in latents.parts.items():
-        for part, x in parts.items():
-            if layer in ("features", "latent") or part == layer:
+    for cut in cuts:
+        for part in cut.mixable:
+            layer, x = cut.name, latents.parts[cut.name][part]
+            if layer not in ("input", "front end"):
                 beside = adversarial.parts[layer][part] if adversarial is not None else None
-                name = f"map-{_place(layer, part)}".replace(" ", "-")
+                name = f"map-{where_of(layer, part)}".replace(" ", "-")
                 figures[name] = latent_view(
-                    pool(x), None if beside is None else pool(beside), latents, adversarial, _place(layer, part)
+                    cut.pool(x),
+                    None if beside is None else cut.pool(beside),
+                    latents,
+                    adversarial,
+                    where_of(layer, part),
                 )
     return figures
 
@@ -181,10 +186,6 @@ def scatter(classes: pd.DataFrame, row: pd.Series) -> Figure:
         words = f"rho with the target {row['rho']:.2f}, partial {row['partial']:.2f}: {row['verdict']}"
         figure.suptitle(textwrap.fill(words, 44 * columns), fontsize="medium")
     return figure
-
-
-def _place(layer: str, part: str) -> str:
-    return layer if part in ("", layer, "fused") else f"{part} {layer}"
 
 
 def _theme() -> AbstractContextManager[None]:

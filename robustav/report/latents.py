@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from robustav.geometry.convexity import F1
+from robustav.geometry.convexity import ARG_MAX, F1
 from robustav.geometry.measure import MACRO, Measure
 from robustav.geometry.survey import View
 from robustav.metrics.intervals import FEW_CLIPS, Interval
@@ -32,17 +32,17 @@ WORDS: Mapping[str, str] = {
     "modality gap": "relative density of one modality's features less the other's, on as many principal axes and at one scale.",
     "fusion gain": "relative density of the fused latent less that of the better modality, likewise.",
     "density in": "clips in a typical ball of the other set, relative to what is usual there: about 1 where both are alike.",
-    "coverage of": "share of the other set's balls that are reached: about 1 - 2^-k where both are alike.",
+    "coverage of": "share of the other set's balls that are reached, as many clips of both: about 1 - 2^-k where both are alike.",
     "published convexity": "share of random points between two clips of the class that score at least tau, as in the code released with "
-    "arXiv:2203.12122, but with uniform pairs. Above a linear head it lies between the two shares beneath and tells recall "
-    "at tau, not convexity.",
+    "arXiv:2203.12122, but with uniform pairs. Above a linear head it is at least the share of pairs with both ends accepted (and, "
+    "multi-label, at most one minus that with both rejected): it then tells recall at tau, not convexity.",
     "both ends accepted": "share of pairs whose two clips score at least tau themselves.",
     "conditional convexity": "share of points between two accepted clips that are accepted; exactly 1 where only a linear layer "
     "follows, so read it at earlier layers.",
     "soft convexity": "smallest margin between two accepted clips over the larger of their own; at most 1, negative where "
     "segments leave the region.",
     "convexity defect": "how far margins fall below both ends' between accepted clips, over the ends' mean; 0 is convex.",
-    "hardened convexity, area": "share of midpoints accepted under Gaussian noise, mean over the noise grid; falls with thin regions, "
+    "hardened convexity, area": "share of midpoints accepted under Gaussian noise, area under the curve over sigma; falls with thin regions, "
     "and with recall.",
     "hardened convexity given accepted, area": "the same between accepted clips only.",
     "flip distance": "distance gone from accepted clips towards clips without the class, per rejection that is met, in typical "
@@ -137,7 +137,7 @@ def convexity_grids(view: View, measures: Sequence[Measure]) -> list[Grid]:
     """By class wherever everything is mixed; everything by layer; other thresholds."""
     if not measures:
         return []
-    operating = f"t={view.survey.threshold:g}"
+    operating = f"t={view.survey.threshold:g}" if view.latents.label_kind == "multilabel" else ARG_MAX
     settled = [m for m in measures if F1 not in m.setting and "sigma" not in m.setting]
     grids: list[Grid] = []
     for cut in view.cuts:
@@ -171,8 +171,11 @@ def density_grids(view: View, measures: Sequence[Measure]) -> list[Grid]:
             if id(m) not in shown and m.space != "matched" and m.metric not in ("density in", "coverage of")
         ]
         grids += by_place("every space and k", rest, brief=False)
-    matched = {m.metric if not m.part else f"{m.metric}: {m.part}": m for m in measures if m.space == "matched"}
-    grids += by_class("modalities against one another", {k: m for k, m in matched.items() if len(m.names) > 1}, view)
+    matched = [m for m in measures if m.space == "matched" and len(m.names) > 1]
+    first = [m for m in matched if m.setting == matched[0].setting]
+    columns = {f"{m.metric}: {m.part}" if m.part else m.metric: m for m in first}
+    grids += by_class(f"modalities against one another ({matched[0].setting})" if matched else "", columns, view)
+    grids += by_place("modalities at every k", [m for m in matched if m not in first], brief=False)
     sets = [m for m in measures if m.metric in ("density in", "coverage of")]
     grids += by_place("how one set lies in another", sets)
     return grids
@@ -197,13 +200,10 @@ def _notes(view: View, measures: Sequence[Measure]) -> list[str]:
     ]
     used = [m.metric for m in measures]
     notes += [f"{metric}: {words}" for metric, words in WORDS.items() if metric in used]
-    left_out: dict[str, set[str]] = {}
-    for measure in measures:
-        for name, reason in measure.skipped.items():
-            left_out.setdefault(f"{name}: {reason}", set()).add(measure.metric)
+    left_out = {name: reason for m in reversed(measures) if len(m.names) > 1 for name, reason in m.skipped.items()}
     if left_out:
-        first = next(iter(left_out))
-        classes = {text.partition(":")[0] for text in left_out}
+        classes = set(left_out)
+        first = ": ".join(next(reversed(left_out.items())))
         everything = "WARNING: " * (len(classes) == len(view.latents.classes))
         notes.append(
             f"{everything}{len(classes)} of {len(view.latents.classes)} classes are skipped somewhere, such as {first}."

@@ -64,10 +64,13 @@ def validation_report(joined: Sequence[Joined], found: Validation) -> GridReport
         "data": f"{joined[0].view.samples.name}, {_and(str(run.measured.clips) for run in joined)} clips attacked, metrics on "
         f"{_and('the same' if run.same_clips else f'{len(run.view.latents)} others' for run in joined)}, "
         f"{len(joined[0].view.latents.classes)} classes",
-        "controls": "partial coefficients are given " + ", ".join(CONTROLS),
+        "goal": _and(run.goal for run in joined),
+        "controls": "partial coefficients are given " + ", ".join(CONTROLS) + " (a control itself only the others)",
         "run": f"{len(joined[0].view.weights)} resamples of classes and clips, seed {joined[0].view.survey.seed}",
     }
-    return GridReport("Do latent metrics predict robustness?", header, grids, _notes(joined, found, len(rest)), rows)
+    return GridReport(
+        "Do latent metrics predict robustness?", header, grids, _notes(joined, found, len(rest)), rows, _skipped(joined)
+    )
 
 
 def _grid(title: str, table: pd.DataFrame, *, brief: bool = True) -> Grid:
@@ -128,14 +131,21 @@ def _across(table: pd.DataFrame) -> Grid:
             (row["where"], ""),
             (", ".join(text for text in (row["space"], row["setting"]) if text) or NONE, ""),
             (str(row["models"]), ""),
-            (number(row["rho"], 2), ""),
+            _cell(row, "rho"),
             (number(row["kendall"], 2), ""),
             (number(row["p"], 3), ""),
+            (number(row["p_holm"], 3), ""),
         ]
         for _, row in table.iterrows()
     ]
-    head = ["metric", "where", "space, setting", "models", "rho", "tau", "p"]
+    head = ["metric", "where", "space, setting", "models", "rho", "tau", "p", "Holm"]
     return Grid("across models, macro means", head, body, words=3, brief=False)
+
+
+def _skipped(joined: Sequence[Joined]) -> pd.DataFrame:
+    """Clips of the surveys that could not be used."""
+    reasons = {name: reason for run in joined for name, reason in run.view.latents.skipped.items()}
+    return pd.DataFrame({"sample": list(reasons), "reason": list(reasons.values())})
 
 
 def _notes(joined: Sequence[Joined], found: Validation, more: int) -> list[str]:
@@ -170,10 +180,21 @@ def _notes(joined: Sequence[Joined], found: Validation, more: int) -> list[str]:
         notes.append(
             f"{len(joined)} model{'s' * (len(joined) > 1)}: across models nothing can be claimed (at least {FEW_MODELS} are wanted)."
         )
+    if len(found.across):
+        notes.append(
+            "Across models only metrics without a scale are compared, and only runs that attack the same modalities with the same "
+            "budgets and goal."
+        )
     if min(found.levels) < FEW_BUDGETS:
         notes.append(
             f"WARNING: the target is a mean over {min(found.levels)} budget{'s' * (min(found.levels) > 1)}; {FEW_BUDGETS} or more tell "
             "a curve from a point: robustav attack --eps 0.001,0.002,0.005,0.01."
+        )
+    own = sum(run.measured.unlabelled for run in joined), sum(int((~run.view.latents.labelled).sum()) for run in joined)
+    if any(own):
+        notes.append(
+            f"WARNING: {own[0]} attacked and {own[1]} surveyed clips have no usable label: the model's own prediction stands in, "
+            "so clean scores are high by construction, and so is what follows from them."
         )
     notes.append(
         "The target is only as good as the attack: robust scores of a weak one are too high, and what they correlate with "
