@@ -239,7 +239,12 @@ class Wrapped(Classifier):
         finally:
             handle.remove()
         latent, output = caught[0] if len(caught) == 1 else (logits, None)
-        if output is None or latent.ndim != 2 or output.shape != logits.shape or not torch.equal(output, logits):
+        if (
+            output is None
+            or latent.ndim != 2
+            or output.shape != logits.shape
+            or not torch.equal(output.nan_to_num(), logits.nan_to_num())
+        ):
             raise ValueError(
                 f"`latent` must name the last module, called once with [batch, dim] and returning the logits, got "
                 f"{self.head_name!r}, called {len(caught)} times"

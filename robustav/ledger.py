@@ -100,8 +100,11 @@ class Ledger:
         try:
             record = json.loads(path.read_bytes())
             found = record["identity"]["conditions"]
+            record["identity"]["specs"], record["identity"]["label_kind"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not the record of a run: choose another folder") from error
+            raise ValueError(
+                f"{path} is not the record of a run, or of one by an older robustav: choose another folder"
+            ) from error
         assert isinstance(found, dict)
         unsound = self.folder / "unsound.txt"
         if unsound.exists():

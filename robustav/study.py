@@ -44,6 +44,9 @@ class Wanted:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.spaces if name not in SPACES]:
             raise ValueError(f"no space {unknown[0]!r}: there are {', '.join(SPACES)}")
+        if not self.spaces:
+            raise ValueError(f"`spaces` must name at least one of {', '.join(SPACES)}")
+        object.__setattr__(self, "ks", tuple(dict.fromkeys(self.ks)))
         if not self.ks or min(self.ks) < 2:
             raise ValueError(f"`ks` must be numbers of neighbours from 2 on, got {list(self.ks)}")
 
@@ -81,11 +84,12 @@ class Study:
 def study(survey: Survey, wanted: Wanted, progress: Progress = silent) -> Study:
     """Survey a model's latents and report every metric that is wanted."""
     with survey.opened(progress) as view:
-        adversarial = others = None
+        adversarial = others = held = None
         if wanted.density and wanted.adversarial is not None:
             ledger = Ledger(wanted.adversarial)
             check_weights(ledger, view.model)
-            adversarial = view.collect_others(KeptSamples(ledger, view.samples), progress)
+            held = KeptSamples(ledger, view.samples)
+            adversarial = view.collect_others(held, progress)
         if wanted.density and wanted.against is not None:
             others = view.collect_others(load_samples(wanted.against, view.model, progress)[0], progress)
         measures = _measures(view, wanted, progress)
@@ -95,7 +99,10 @@ def study(survey: Survey, wanted: Wanted, progress: Progress = silent) -> Study:
             )
         if others is not None:
             measures += against_measures(view.latents, others, view.cuts, view.weights, wanted.spaces, survey.seed)
-        return Study(survey_report(view, measures), view.latents, adversarial, view.cuts)
+        beside = {} if held is None else {"adversarial": f"{held.name}, {len(held.ids)} clips"}
+        if others is not None:
+            beside["against"] = f"{wanted.against}, {len(others)} clips"
+        return Study(survey_report(view, measures, beside), view.latents, adversarial, view.cuts)
 
 
 def validate_runs(
@@ -118,6 +125,10 @@ def validate_runs(
     the runs do not know.
     """
     ledgers = [Ledger(run) for run in runs]
+    weights = [ledger.record()["identity"]["weights"] for ledger in ledgers]
+    if len(set(weights)) < len(weights):
+        again = max(i for i, one in enumerate(weights) if one in weights[:i])
+        raise ValueError(f"{ledgers[again].folder} is of a model that another run is of already: one run a model")
     kinds = {ledger.record()["identity"]["label_kind"] for ledger in ledgers}
     targets = targets or ["ap" if kinds == {"multilabel"} else "hit"]
     if unknown := [target for target in targets if target not in TARGETS]:
@@ -147,7 +158,13 @@ def validate_runs(
 
 def _measures(view: View, wanted: Wanted, progress: Progress) -> list[Measure]:
     measures: list[Measure] = []
+    most = int(view.latents.labels.sum(0).max())
     if wanted.density:
+        if most < 5 * min(wanted.ks):
+            raise ValueError(
+                f"no class has enough clips: the largest has {most}, and k={min(wanted.ks)} needs {5 * min(wanted.ks)}; give more "
+                f"clips{f', or --k {most // 5}' if most >= 10 else ''}"
+            )
         seed = view.survey.seed
         measures += density_measures(
             view.latents, view.cuts, view.weights, spaces=wanted.spaces, ks=wanted.ks, seed=seed, progress=progress
@@ -156,5 +173,9 @@ def _measures(view: View, wanted: Wanted, progress: Progress) -> list[Measure]:
             measures += modality_measures(view.latents, view.cuts, view.weights, k, seed)
         measures += overlap_measures(view.latents, view.cuts, view.weights)
     if wanted.convexity:
+        if most < 2:
+            raise ValueError(
+                f"no class has two of the {len(view.latents)} clips, so there is nothing to mix: give more clips"
+            )
         measures += convexity_measures(view, wanted.segments, progress)
     return measures

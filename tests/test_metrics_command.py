@@ -131,6 +131,9 @@ def test_another_split_is_held_against_the_surveyed_one():
         (["density", "--k", "ten"], "must be numbers such as 5,10"),
         (["convexity", "--sigmas", "a,b"], "must be numbers such as 0.5,1"),
         (["density", "--format", "yaml"], "must be one of md, tex, csv, json"),
+        (["density", "--pairs", "9"], "has no meaning for density"),
+        (["convexity", "--spaces", "raw"], "has no meaning for convexity"),
+        (["density", "--out", __file__], "must be a folder"),
     ],
 )  # fmt: skip
 def test_wrong_usage(arguments, words):
@@ -148,7 +151,9 @@ def test_wrong_usage(arguments, words):
         (["convexity", "--sigmas", "1"], "`sigmas` must be at least two rising numbers"),
         (["density", "--model", "nobody"], "no model 'nobody'"),
         (["density", "--latent", "head"], "--latent names the last module of a wrapped network"),
-        (["density", "--adversarial", "nowhere"], "nowhere is no run"),
+        (["density", "--layers", "latent", "--k", "2", "--adversarial", "nowhere"], "nowhere is no run"),
+        (["density", "--layers", "latent"], "no class has enough clips: the largest has 7, and k=10 needs 50"),
+        (["density", "--spaces", ","], "`spaces` must name at least one of raw, unit, whitened"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(arguments, words):

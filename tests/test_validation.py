@@ -265,6 +265,12 @@ def test_unknown_targets_and_clips_are_refused(tiny):
         validate_runs([ledger.folder], Survey(resamples=50), Wanted(), clips="none", model=model)
 
 
+def test_one_model_is_no_two_models(tiny):
+    ledger, model = tiny
+    with pytest.raises(ValueError, match="is of a model that another run is of already"):
+        validate_runs([ledger.folder, ledger.folder], Survey(resamples=50), Wanted(), model=model)
+
+
 def test_from_run_to_report_and_figures(tiny, tmp_path):
     ledger, model = tiny
     wanted = Wanted(ks=(2,), spaces=("raw",), segments=Segments(pairs=10, k=2))

@@ -158,6 +158,8 @@ def metrics(
     ):
         if given and not fits:
             raise typer.BadParameter(f"has no meaning for {what}: leave it out", param_hint=name)
+    if out is not None and out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"must be a folder, {out} is a file", param_hint="--out")
     shown = chosen_format(format_, json)
     from robustav.geometry.convexity import Segments
     from robustav.geometry.survey import Survey

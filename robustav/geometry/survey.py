@@ -142,7 +142,7 @@ def _with_latent(model: Classifier, module: str) -> Classifier:
         classes=model.classes,
         label_kind=model.label_kind,
         call=model.call,
-        latent=module,
+        latent=module.removeprefix("network."),
     )
 
 

@@ -68,8 +68,10 @@ def validate(joined: Sequence[Joined], *, target: str, seed: int) -> Validation:
     table["predicts"] = [one.predicts for one in said]
     unadjusted = ~(table["partial_p_holm"] < ALPHA) & ~table["metric"].isin(BASELINES)
     table["verdict"] = [
-        f"{one.words}; not after Holm" if one.predicts and late else one.words
-        for one, late in zip(said, unadjusted, strict=True)
+        "no coefficient: it does not vary, or classes are too few"
+        if np.isnan(partial)
+        else (f"{one.words}; not after Holm" if one.predicts and late else one.words)
+        for one, late, partial in zip(said, unadjusted, table["partial"], strict=True)
     ]
     robust = np.stack([run.measured.robust.values for run in joined])
     return Validation(

@@ -183,7 +183,7 @@ def scatter(classes: pd.DataFrame, row: pd.Series) -> Figure:
             axis.margins(x=0.18)
         for axis in axes[len(models) :]:
             axis.set_visible(False)
-        words = f"rho with the target {row['rho']:.2f}, partial {row['partial']:.2f}: {row['verdict']}"
+        words = f"robustness and this metric: rho {row['rho']:.2f}, partial {row['partial']:.2f}: {row['verdict']}"
         figure.suptitle(textwrap.fill(words, 44 * columns), fontsize="medium")
     return figure
 

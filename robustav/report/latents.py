@@ -120,13 +120,13 @@ def by_place(title: str, measures: Sequence[Measure], *, brief: bool = True) -> 
     return [Grid(title, [*(("metric", "space", "setting")[n] for n in shown), *places], body, len(shown), brief)]
 
 
-def survey_report(view: View, measures: Sequence[Measure]) -> GridReport:
+def survey_report(view: View, measures: Sequence[Measure], beside: Mapping[str, str] | None = None) -> GridReport:
     """The report of `robustav metrics density`, `convexity` or `all`, whichever was measured."""
     latents = [m for m in measures if not _of_segments(m)]
     segments = [m for m in measures if _of_segments(m)]
     kinds = [word for word, found in (("Density", latents), ("Convexity", segments)) if found]
     grids = [*density_grids(view, latents), *convexity_grids(view, segments)]
-    return assemble(view, f"{' and '.join(kinds)} of latents", grids, measures)
+    return assemble(view, f"{' and '.join(kinds)} of latents", grids, measures, beside or {})
 
 
 def _of_segments(measure: Measure) -> bool:
@@ -144,7 +144,8 @@ def convexity_grids(view: View, measures: Sequence[Measure]) -> list[Grid]:
         part = "+".join(cut.mixable)
         here = {m.metric: m for m in settled if m.layer == cut.name and m.part == part}
         columns = {metric: here[metric] for metric in BY_CLASS if metric in here}
-        grids += by_class(f"convexity at the {cut.name}, {operating}", columns, view)
+        mixed = f", {part} mixed" if len(cut.mixable) > 1 else ""
+        grids += by_class(f"convexity at the {cut.name}{mixed}, {operating}", columns, view)
     grids += by_place(f"convexity by layer and by what is mixed, macro means, {operating}", settled)
     rest = [m for m in measures if F1 in m.setting or "sigma" in m.setting]
     return grids + by_place("other thresholds, and each noise", rest, brief=False)
@@ -170,6 +171,9 @@ def density_grids(view: View, measures: Sequence[Measure]) -> list[Grid]:
             for m in measures
             if id(m) not in shown and m.space != "matched" and m.metric not in ("density in", "coverage of")
         ]
+        sweep = [m for m in headline if m.space == space]
+        if len({m.setting for m in sweep}) > 1:
+            grids += by_place(f"relative density at every k ({space})", sweep)
         grids += by_place("every space and k", rest, brief=False)
     matched = [m for m in measures if m.space == "matched" and len(m.names) > 1]
     first = [m for m in matched if m.setting == matched[0].setting]
@@ -182,32 +186,29 @@ def density_grids(view: View, measures: Sequence[Measure]) -> list[Grid]:
 
 
 def assemble(
-    view: View, title: str, grids: Sequence[Grid], measures: Sequence[Measure], notes: Sequence[str] = ()
+    view: View, title: str, grids: Sequence[Grid], measures: Sequence[Measure], beside: Mapping[str, str]
 ) -> GridReport:
     """A report with what is said of every survey."""
     rows = pd.concat([m.rows() for m in measures], ignore_index=True) if measures else pd.DataFrame()
     about = view.header()
     rows.insert(0, "model", about["model"].partition(",")[0])
     skipped = pd.DataFrame({"sample": list(view.latents.skipped), "reason": list(view.latents.skipped.values())})
-    return GridReport(title, about, grids, [*_notes(view, measures), *notes], rows, skipped)
+    return GridReport(title, {**about, **beside}, grids, _notes(view, measures), rows, skipped)
 
 
 def _notes(view: View, measures: Sequence[Measure]) -> list[str]:
     notes = [
         f"Intervals are 95 %, bootstrap over clips ({len(view.weights)} resamples) with the neighbours as they are: they say how "
-        "far the mean over these clips can be trusted, not what another reference set would give. Classes of fewer than "
-        f"{FEW_CLIPS} clips have none. A macro mean is over the classes that were not skipped."
+        "far the mean over these clips can be trusted, not what another reference set would give. There is none on fewer "
+        f"than {FEW_CLIPS} clips that count, nor where more than a tenth of the resamples have no value. A macro mean is over the classes that were not skipped."
     ]
     used = [m.metric for m in measures]
     notes += [f"{metric}: {words}" for metric, words in WORDS.items() if metric in used]
     left_out = {name: reason for m in reversed(measures) if len(m.names) > 1 for name, reason in m.skipped.items()}
     if left_out:
-        classes = set(left_out)
-        first = ": ".join(next(reversed(left_out.items())))
-        everything = "WARNING: " * (len(classes) == len(view.latents.classes))
-        notes.append(
-            f"{everything}{len(classes)} of {len(view.latents.classes)} classes are skipped somewhere, such as {first}."
-        )
+        shown = [f"{name} ({reason})" for name, reason in reversed(left_out.items())]
+        more = f"; and {len(shown) - 5} more" if len(shown) > 5 else ""
+        notes.append(f"Skipped somewhere: {'; '.join(shown[:5])}{more}.")
     own = int((~view.latents.labelled).sum())
     if own:
         notes.append(

@@ -115,7 +115,7 @@ def _held_out(table: pd.DataFrame) -> Grid:
             (row["metric"], ""),
             (str(row["variants"]), ""),
             (number(row["in_sample"], 2), ""),
-            (number(row["held_out"], 2), between(row["held_out_low"], row["held_out_high"], 2)),
+            _cell(row, "held_out"),
             (f"{row['chosen_most']} ({row['chosen_share']:.0%})", ""),
         ]
         for _, row in table.sort_values("held_out", ascending=False).iterrows()
