@@ -38,19 +38,25 @@ def main() -> None:
     survey = Survey(resamples=2000)
     wanted = Wanted(ks=(5, 10), segments=Segments(pairs=None))
     with Bars(ERRORS) as bars:
-        runs = []
+        runs: list[Path] = []
+
+        def validate_at(layers: tuple[str, ...], name: str) -> None:
+            here = replace(survey, layers=layers)
+            for target, found in validate_runs(runs, here, wanted, targets=TARGETS, progress=bars.generation).items():
+                found.save(arguments.out / f"{name}-{target}")
+
         for model in arguments.models:
             evaluation = Evaluation(model, EPSILONS, attacks=("noise", "pgd"), steps=40, limit=ATTACKED)
             runs.append(evaluation.run(arguments.runs / model, Settings(progress=bars.attacks)).folder)
-        for target, found in validate_runs(runs, survey, wanted, targets=TARGETS, progress=bars.generation).items():
-            found.save(arguments.out / f"validation-{target}")
+        validate_at(("features", "latent"), "validation")
         for model in arguments.models:
             evaluation = Evaluation(model, "0.01", attacks="pgd", attacked="both", steps=40, limit=DRIFT)
             if len(MODELS[model].build().specs) == 1:
                 evaluation = replace(evaluation, attacked=())
             kept = evaluation.run(arguments.runs / f"{model}-kept", Settings(keep=DRIFT, progress=bars.attacks)).folder
-            alone = replace(wanted, ks=(10,), adversarial=kept)
+            alone = replace(wanted, ks=(10,), convexity=False, adversarial=kept)
             study(replace(survey, model=model, resamples=1000), alone, bars.generation).save(arguments.out / model)
+        validate_at(("input",), "validation-input")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def metrics(
         int | None,
         typer.Option(
             min=1,
-            help="Pairs of clips a class. Default: 5000 at the latent, 1000 at the features, 100 elsewhere.",
+            help="Pairs of clips a class. Default: 5000 at the latent, 200 at the features, 50 elsewhere.",
             rich_help_panel=CONVEXITY,
         ),
     ] = None,

@@ -45,7 +45,8 @@ PAIRS: Mapping[str, int] = {
     "latent": 5000,
     "features": 1000,
 }  # a class; elsewhere a point is a pass of the whole network
-PAIRS_ELSEWHERE = 100
+PAIRS_ELSEWHERE = 50
+GRAPH_PAIRS = 1000
 POINTS = 10  # of a segment, ends left out
 TAU = 0.1  # threshold of the published measurement
 F1 = "F1-optimal"
@@ -304,7 +305,7 @@ def _graphs(view: View, how: Segments) -> list[Measure]:
                 SPACES["raw"].transform(where.vectors),
                 latents.labels,
                 how.k,
-                how.pairs or PAIRS["features"],
+                how.pairs or GRAPH_PAIRS,
                 generator=draw_for(how.seed, "graph"),
                 members=members,
             )
