@@ -41,11 +41,8 @@ from robustav.metrics.segments import Noise, at_thresholds, end_margins, margins
 from robustav.metrics.spaces import SPACES
 from robustav.randomness import draw_for
 
-PAIRS: Mapping[str, int] = {
-    "latent": 5000,
-    "features": 1000,
-}  # a class; elsewhere a point is a pass of the whole network
-PAIRS_ELSEWHERE = 50
+PAIRS: Mapping[str, int] = {"latent": 5000, "features": 200}  # a class
+PAIRS_ELSEWHERE = 50  # where a point is a pass of most of the network
 GRAPH_PAIRS = 1000
 POINTS = 10  # of a segment, ends left out
 TAU = 0.1  # threshold of the published measurement
