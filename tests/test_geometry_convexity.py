@@ -531,7 +531,7 @@ def test_progress_is_told_cut_by_cut(surveyed, monkeypatch):
 def test_pairs_are_as_many_as_asked_or_what_suits_the_cut(surveyed):
     view, measures = surveyed(linear(), layers=LAYERS)
     assert {m.units[0] for m in only(measures, "both ends accepted")} == {40}
-    assert [Segments().count(cut) for cut in view.cuts] == [100, 1000, 5000]
+    assert [Segments().count(cut) for cut in view.cuts] == [50, 200, 5000]
     assert [Segments(pairs=7).count(cut) for cut in view.cuts] == [7, 7, 7]
 
 
