@@ -1,6 +1,6 @@
 """Where other clips lie among the surveyed ones: adversarial versions of them, or another split."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from robustav.geometry.cuts import Cut
-from robustav.geometry.density import Terms, Vectors, Weights, score_of, vectors_of
+from robustav.geometry.density import Terms, Weights, score_of, vectors_of
 from robustav.geometry.latents import Latents
 from robustav.geometry.measure import Measure, Score, gather
 from robustav.metrics.neighbourhood import density_and_coverage
@@ -45,15 +45,15 @@ def adversarial_measures(
         Pairing(labels, labels, "adversarial in clean of its class"),
         Pairing(labels, taken_for, "adversarial in clean of the class it is taken for"),
     ]
-    measures = []
-    for where, space, z, y in _spaces(latents, others, cuts, spaces):
-        at = {"layer": where.layer, "part": where.part, "space": space}
-        if isinstance(z, str) or isinstance(y, str):
-            measures.append(_unmeasured(latents, str(z), weights, at))
-            continue
-        for pairing in pairings:
-            measures += _drift(latents, z[owner], y, owner, owner, pairing, weights, seed, at)
-    return measures
+
+    def compare(z: Tensor, y: Tensor, at: dict[str, str]) -> list[Measure]:
+        return [
+            measure
+            for pairing in pairings
+            for measure in _drift(latents, z[owner], y, owner, owner, pairing, weights, seed, at)
+        ]
+
+    return _everywhere(latents, others, cuts, weights, spaces, compare)
 
 
 def against_measures(
@@ -62,32 +62,36 @@ def against_measures(
     """D6 of the surveyed clips in others, class by class: how far test clips lie where training clips do."""
     everyone, nobody = torch.arange(len(latents)), torch.full((len(others),), -1)
     pairing = Pairing(others.labels, latents.labels, "surveyed in the other clips")
+
+    def compare(z: Tensor, y: Tensor, at: dict[str, str]) -> list[Measure]:
+        return _drift(latents, y, z, nobody, everyone, pairing, weights, seed, at)
+
+    return _everywhere(latents, others, cuts, weights, spaces, compare)
+
+
+def _everywhere(
+    latents: Latents,
+    others: Latents,
+    cuts: Sequence[Cut],
+    weights: Weights,
+    spaces: Sequence[str],
+    compare: Callable[[Tensor, Tensor, dict[str, str]], list[Measure]],
+) -> list[Measure]:
+    """Both sets compared at every part in every space, on the axes of the surveyed clips; or why they cannot be there."""
     measures = []
-    for where, space, z, y in _spaces(latents, others, cuts, spaces):
-        at = {"layer": where.layer, "part": where.part, "space": space}
-        if isinstance(z, str) or isinstance(y, str):
-            measures.append(_unmeasured(latents, str(z), weights, at))
-            continue
-        measures += _drift(latents, y, z, nobody, everyone, pairing, weights, seed, at)
-    return measures
-
-
-def _spaces(
-    latents: Latents, others: Latents, cuts: Sequence[Cut], spaces: Sequence[str]
-) -> Iterator[tuple[Vectors, str, Tensor | str, Tensor | str]]:
-    """Both sets in every space, on the axes of the surveyed clips; or why they cannot be looked at there."""
     for where, beside in vectors_of(latents, cuts, others):
         assert beside is not None
         for space in spaces:
+            at = {"layer": where.layer, "part": where.part, "space": space}
+            transform = SPACES[space].transform
             try:
-                transform = SPACES[space].transform
-                yield where, space, transform(where.vectors), transform(beside, where.vectors)
+                both = transform(where.vectors), transform(beside, where.vectors)
             except ValueError as error:  # silence has no direction, and equal clips no axes
-                yield where, space, str(error), str(error)
-
-
-def _unmeasured(latents: Latents, reason: str, weights: Weights, at: dict[str, str]) -> Measure:
-    return gather(latents.classes, [reason] * len(latents.classes), len(weights), metric="density in", **at)
+                reasons = [str(error)] * len(latents.classes)
+                measures.append(gather(latents.classes, reasons, len(weights), metric="density in", **at))
+                continue
+            measures += compare(*both, at)
+    return measures
 
 
 def _drift(
