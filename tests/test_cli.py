@@ -163,13 +163,13 @@ def test_help_names_every_command(invoke):
 
 def test_completion_knows_the_models_without_importing_torch():
     code = (
-        "import sys; from robustav.cli.main import _models; print(_models('av')); "
+        "import sys; from robustav.cli.shared import models_by_name; print(models_by_name('av')); "
         "sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stdout.strip() == "['av-early', 'av-fusion', 'av-mid']"
-    assert set(cli._models("")) == set(MODELS)
+    assert set(cli.models_by_name("")) == set(MODELS)
     assert cli._attacks("m") == ["momentum"]
 
 
