@@ -203,6 +203,16 @@ def test_the_report_says_what_was_not_shown_and_warns_of_shared_clips():
             assert "planted" in render(report)
 
 
+def test_the_terminal_gets_the_headlines_and_the_kept_formats_everything():
+    run = joined(0)
+    draw = np.random.default_rng(0)
+    run.measures.extend(measure(name, draw.normal(size=24), draw) for name in ("relative density", "entropy"))
+    report = validation_report([run], validate([run], target="ap", seed=0))
+    brief = {row[0][0] for grid in report.grids if grid.brief and grid.title == "metrics" for row in grid.body}
+    assert brief == {"relative density"}
+    assert "entropy" in FORMATS["md"](report)
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """A run on 24 of 60 clips, found again by the survey."""

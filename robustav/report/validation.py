@@ -34,11 +34,9 @@ def validation_report(joined: Sequence[Joined], found: Validation) -> GridReport
     table = found.table
     baselines = table[table["metric"].isin(BASELINES)]
     metrics = table[~table["metric"].isin(BASELINES)]
-    first = metrics.groupby("metric")["setting"].transform("first") == metrics["setting"]
-    plain = metrics["space"].isin(["", "raw", "matched"]) & (
-        first | metrics["setting"].eq("") | metrics["space"].eq("")
-    )
-    brief = metrics[plain & ~metrics["setting"].str.contains("F1|sigma=")]
+    first = metrics.groupby(["metric", "space"])["setting"].transform("first") == metrics["setting"]
+    headline = metrics["metric"].isin(HEADLINES) & metrics["space"].isin(["", "raw", "matched"])
+    brief = metrics[headline & first]
     rest = metrics.drop(brief.index)
     grids = [
         _grid("baselines, which a metric must beat", baselines),
@@ -118,7 +116,7 @@ def _held_out(table: pd.DataFrame) -> Grid:
             _cell(row, "held_out"),
             (f"{row['chosen_most']} ({row['chosen_share']:.0%})", ""),
         ]
-        for _, row in table.sort_values("held_out", ascending=False).iterrows()
+        for _, row in table.dropna(subset=["held_out"]).sort_values("held_out", ascending=False).iterrows()
     ]
     head = ["metric", "variants", "best |rho| in sample", "rho held out", "most often chosen"]
     return Grid("choosing layer, space, k and sigma on one half, measured on the other", head, body)
