@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustav.geometry import measure as measure_module
 from robustav.geometry.measure import MACRO, Measure, Score, gather, score
+from robustav.metrics.convexity import mean_flip
 from robustav.metrics.intervals import bootstrap_weights, percentile_interval
 
 AT = {"metric": "m", "layer": "latent", "part": "fused"}
@@ -38,7 +40,7 @@ def test_a_score_is_the_same_as_drawing_clips_and_rebuilding_their_pairs(seed, o
         numerator[draw.integers(14, size=2)] = np.nan
         denominator[draw.integers(14)] = np.nan
     found = score(numerator, denominator, clips, weights)
-    present = ~np.isnan(numerator + denominator) & (denominator != 0)  # what does not count is no unit
+    present = ~np.isnan(numerator + denominator)
     assert found.units == present.sum()
     assert found.clips == len(set(clips[present].ravel()))
     assert found.value == pytest.approx(numerator[present].sum() / denominator[present].sum())
@@ -52,6 +54,14 @@ def test_a_score_is_the_same_as_drawing_clips_and_rebuilding_their_pairs(seed, o
     factor = np.nanstd(found.resampled) / np.nanstd(expected)
     assert factor == pytest.approx(1) if owners == 1 else 3**-0.5 - 1e-9 <= factor <= 1 + 1e-9
     np.testing.assert_allclose(found.resampled - found.value, factor * moved, atol=1e-9)
+
+
+def test_a_segment_that_never_flips_adds_its_length_and_one_that_does_not_count_adds_nothing():
+    distances, lengths = torch.tensor([1.0, torch.inf, torch.nan]), torch.tensor([4.0, 2.0, 9.0])
+    numerator, denominator = (x.double().numpy() for x in mean_flip(distances, lengths))
+    found = score(numerator, denominator, np.array([[0, 1], [1, 2], [3, 4]]), np.ones((2, 5), dtype=int))
+    assert found.value == 3  # 1 + 2 gone, one rejection met
+    assert (found.units, found.clips) == (2, 3)
 
 
 @pytest.mark.parametrize(("clips", "pairs"), [(200, 100), (200, 1000), (60, 2000)])

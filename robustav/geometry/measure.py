@@ -121,9 +121,9 @@ def score(
 
     A unit is a clip (one owner) or a pair (two): drawing clips again and rebuilding the pairs gives each pair that
     many copies, and is put right where pairs are so few that their own variation counts. Units whose numerator or
-    denominator is nan, or that do not count (denominator 0), are left out; nan where nothing is left.
+    denominator is nan, or that do not count (both 0), are left out; nan where the denominators sum to 0.
     """
-    usable = np.isfinite(numerator) & np.isfinite(denominator) & (denominator != 0)
+    usable = np.isfinite(numerator) & np.isfinite(denominator) & ((numerator != 0) | (denominator != 0))
     top, bottom, owners = numerator[usable], denominator[usable], clips[usable]
     resampled = np.empty((2, len(weights)))
     step = max(CHUNK // max(len(top), 1), 1)

@@ -48,8 +48,8 @@ def validate(joined: Sequence[Joined], *, target: str, seed: int) -> Validation:
 
     Within models: the coefficient across the classes of each model, mean over the models that have the predictor.
     Intervals are of the two-level bootstrap over classes and clips, moved so that its median is the coefficient on the
-    clips themselves: clip noise enters a resample a second time and pulls it towards 0. p-values by permutation of the classes, Holm's over all
-    metrics (baselines apart).
+    clips themselves: clip noise enters a resample a second time and pulls it towards 0. p-values are by permutation of
+    the classes, Holm's over all metrics (baselines apart).
     """
     names = [run.name for run in joined]
     models = tuple(n if names.count(n) == 1 else f"{n} {i + 1}" for i, n in enumerate(names))
