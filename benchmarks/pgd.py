@@ -41,9 +41,10 @@ from robustav.losses import bce
 from robustav.models.small import convolution
 from robustav.models.zoo import load_model
 from robustav.plan import CLEAN, Condition, conditions, subsets
-from robustav.prepare import AttackView, prepare, quick_products
+from robustav.prepare import prepare, quick_products
 from robustav.randomness import draws_for
 from robustav.threat import Budget, ThreatModel
+from robustav.view import AttackView, Tally
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 RADII: dict[str, float] = {"audio": 0.002, "visual": 4 / 255}  # linf
@@ -216,7 +217,7 @@ def ours(problem: Problem, arranged: Arrangement, view: type[AttackView] = Attac
     with quick_products() if arranged.products else nullcontext():
         with torch.no_grad():
             held = arranged.model.features({m: x for m, x in problem.inputs.items() if m not in attacked})
-        seen = view(arranged.model, attacked, held)
+        seen = view(arranged.model, attacked, held, Tally(len(problem.labels), attacked, problem.device))
         given = {m: problem.inputs[m].clone() for m in attacked}
         draws = draws_for(0, [str(number) for number in range(len(problem.labels))], "pgd", *attacked)
         attack = PGD(problem.steps, random_start=False)

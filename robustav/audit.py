@@ -59,7 +59,7 @@ def excess(clean: Tensor, x: Tensor, budget: Budget) -> Tensor:
         case other:
             raise ValueError(f"the audit does not know the norm {other!r}: teach it before using it")
     if budget.snr_db is not None:
-        radius = before.square().sum(1).sqrt() / 10 ** (budget.snr_db / 20)
+        radius = before.square().sum(1).sqrt() / 10 ** (budget.snr_db / 20) * budget.factor
     else:
         radius = torch.as_tensor(budget.radius(clean), dtype=torch.float64, device=length.device)
     return torch.where(length == 0, 0.0, length / radius)

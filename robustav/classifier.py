@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -79,6 +79,7 @@ class Classifier(nn.Module, ABC):
     specs: Mapping[str, InputSpec]
     classes: tuple[str, ...]
     label_kind: LabelKind
+    stochastic: bool = False  # declared: scores are drawn at random, so verdicts and attacks must average over draws
 
     def front_end(self, modality: str, raw: Tensor) -> Tensor:
         """From raw input to what the encoder reads (a spectrogram, normalised pixels); unless told, the same."""
@@ -113,6 +114,28 @@ class Classifier(nn.Module, ABC):
 
     def forward(self, inputs: Inputs) -> Float[Tensor, "batch class"]:
         return self.trace(inputs).logits
+
+    def surrogate(self) -> "Classifier":
+        """What attacks see in this model's place; unless told, the model itself.
+
+        A defence with a stage that has no useful gradient returns itself with a differentiable stand-in for that stage
+        (BPDA [Athalye et al., 2018, arXiv:1802.00420]); verdicts still come from the model.
+        """
+        return self
+
+    def adaptive_attacks(self) -> Mapping[str, Any]:
+        """Attacks (`robustav.attacks.Attack`) that know how this model defends itself, by name; every suite runs them.
+
+        [Tramer et al., 2020, arXiv:2002.08347].
+        """
+        return {}
+
+    def at(self, rows: Tensor) -> "Classifier":
+        """This classifier for some clips of a batch (indices, repeats allowed): itself, unless it holds part of one."""
+        return self
+
+    def note(self, loss: Tensor, reached: Tensor) -> None:
+        """Hear what an attack makes of its last pass, [batch] each; nobody listens unless a view does."""
 
 
 def check_modalities(given: Mapping[str, object], wanted: Mapping[str, object]) -> None:

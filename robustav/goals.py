@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from robustav.classifier import LabelKind, Trace
-from robustav.losses import DEFAULT_LOSS, LOSSES, Logits, margin, multi_hot
+from robustav.losses import DEFAULT_LOSS, LOSSES, Logits, bce, margin, multi_hot
 
 
 def label_set(logits: Logits, threshold: float | Tensor, label_kind: LabelKind) -> Bool[Tensor, "batch class"]:
@@ -86,6 +86,12 @@ class Goal(ABC):
         """The same goal, knowing what the model says of this batch's clean inputs."""
         return replace(self, clean=Trace({}, clean.latent.detach(), clean.logits.detach()))
 
+    def at(self, rows: Tensor) -> "Goal":
+        """The goal for some clips of the batch (indices, repeats allowed)."""
+        if self.clean is None:
+            return self
+        return replace(self, clean=Trace({}, self.clean.latent[rows], self.clean.logits[rows]))
+
     def settings(self) -> dict[str, object]:
         """Everything that decides a loss or a verdict, as a record keeps it."""
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "clean"}
@@ -143,6 +149,34 @@ class Untargeted(Goal):
 
     def words(self, classes: tuple[str, ...]) -> str:
         return f"untargeted, climbing {self.loss_name}; success: {SUCCESSES[self.success].words}"
+
+
+@dataclass(frozen=True)
+class Steered(Goal):
+    """A goal pursued by way of another loss: success is still the goal's.
+
+    `value(logits, labels)` is the loss, or `value(logits, labels, aim)` where each clip has a class to aim at, [batch].
+    Made by `ThreatModel.steered`; for attacks that choose their own loss, never for judging.
+    """
+
+    goal: Goal = field(default_factory=lambda: Untargeted())
+    value: Callable[..., Tensor] = bce
+    aim: Tensor | None = None
+
+    def loss(self, trace: Trace, labels: Tensor) -> Tensor:
+        return self.value(trace.logits, labels) if self.aim is None else self.value(trace.logits, labels, self.aim)
+
+    def reached(self, trace: Trace, labels: Tensor) -> Tensor:
+        return self.goal.reached(trace, labels)
+
+    def words(self, classes: tuple[str, ...]) -> str:
+        return self.goal.words(classes)
+
+    def given(self, clean: Trace) -> "Goal":
+        return replace(self, goal=self.goal.given(clean))
+
+    def at(self, rows: Tensor) -> "Goal":
+        return replace(self, goal=self.goal.at(rows), aim=None if self.aim is None else self.aim[rows])
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,20 @@ from robustav import audit, keep
 from robustav.classifier import Classifier, Inputs, Trace
 from robustav.ledger import Ledger
 from robustav.plan import Condition
-from robustav.prepare import AGREEMENT, AttackView, prepare, quick_products
+from robustav.prepare import AGREEMENT, prepare, quick_products
 from robustav.randomness import draws_for
 from robustav.reader import Batch, Reader
 from robustav.threat import snr_db
+from robustav.view import AttackView, Tally
 
 log = logging.getLogger(__name__)
 
 
 class Cost(NamedTuple):
-    """What an attack spent on a batch: passes of the batch, and each clip's share of gradients that were zero."""
+    """What an attack spent on each clip, and the share of its gradients that were zero."""
 
-    forwards: int
-    backwards: int
+    forwards: list[int]
+    backwards: list[int]
     zero_gradients: list[float]
 
 
@@ -43,7 +44,7 @@ class Judge:
         """One condition on one batch: attack, audit, score, score again, and a row for each clip."""
         goal, size = self.reader.goal.given(batch.clean), len(batch.ids)
         if row.attack is None or row.threat is None:
-            returned, cost, found = batch.inputs, Cost(0, 0, [0.0] * size), [""] * size
+            returned, cost, found = batch.inputs, Cost([0] * size, [0] * size, [0.0] * size), [""] * size
             gauge, trace = torch.zeros(size), batch.clean
         else:
             threat = row.threat.given(clean=batch.clean, writable=batch.writable)
@@ -72,8 +73,8 @@ class Judge:
             "loss": loss.tolist(),
             "reached": reached.tolist(),
             "gauge": gauge.tolist(),
-            "forwards": [cost.forwards] * size,
-            "backwards": [cost.backwards] * size,
+            "forwards": cost.forwards,
+            "backwards": cost.backwards,
             "zero_gradients": cost.zero_gradients,
             "rescore_gap": gap.tolist(),
             "violation": found,
@@ -121,7 +122,8 @@ class Judge:
 
     def _view(self, row: Condition, batch: Batch) -> AttackView:
         assert self.prepared is not None
-        return AttackView(self.prepared, row.attacked, {m: x for m, x in batch.held.items() if m not in row.attacked})
+        held = {m: x for m, x in batch.held.items() if m not in row.attacked}
+        return AttackView(self.prepared, row.attacked, held, Tally(len(batch.ids), row.attacked, self.reader.device))
 
     def _in_halves(self, row: Condition, batch: Batch) -> tuple[Inputs, Cost]:
         """The attack on a batch; if a GPU runs out of memory, on its halves."""
@@ -136,7 +138,11 @@ class Judge:
             self._in_halves(row, batch.cut(part)) for part in (slice(None, middle), slice(middle, None))
         )
         returned = {m: torch.cat([one[m], other[m]]) for m in one}
-        return returned, cost._replace(zero_gradients=cost.zero_gradients + rest.zero_gradients)
+        return returned, Cost(
+            cost.forwards + rest.forwards,
+            cost.backwards + rest.backwards,
+            cost.zero_gradients + rest.zero_gradients,
+        )
 
     def _attack_once(self, row: Condition, batch: Batch) -> tuple[Inputs, Cost]:
         assert row.attack is not None and row.threat is not None
@@ -150,7 +156,8 @@ class Judge:
         except FloatingPointError as error:
             raise ValueError(f"{row.key} on clips {batch.ids}: {error}") from error
         returned = {**batch.inputs, **{m: x.detach() for m, x in attacked.items()}}
-        return returned, Cost(view.forwards, view.backwards, view.zero_gradients(len(batch.ids)).tolist())
+        tally = view.tally
+        return returned, Cost(tally.forwards.tolist(), tally.backwards.tolist(), tally.zero_gradients().tolist())
 
     def _sizes(self, row: Condition, batch: Batch, returned: Inputs) -> dict[str, list[float]]:
         """Measured sizes of the perturbation, for each modality: largest value, length in its norm, SNR."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from robustav.classifier import Classifier, Inputs
@@ -89,55 +89,3 @@ def medium_is_exact() -> bool:
         return bool(((left @ right).double() - exact).norm() / exact.norm() < 1e-6)
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-class AttackView(Classifier):
-    """A classifier of the attacked modalities alone; the others' features were encoded once and are held.
-
-    Counts what passes through it: `forwards`, `backwards`, and for each sample the share of gradients that were zero
-    in some attacked modality.
-    """
-
-    def __init__(self, model: Classifier, attacked: tuple[str, ...], held: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.model, self.held = model, held
-        self.specs = {m: model.specs[m] for m in attacked}
-        self.classes, self.label_kind = model.classes, model.label_kind
-        self.forwards = 0
-        self.backwards = 0
-        self._asked = dict.fromkeys(attacked, 0)  # forward passes after which a gradient is wanted
-        self._came: dict[str, Tensor | int] = dict.fromkeys(attacked, 0)  # of each sample, gradients that were not zero
-
-    def front_end(self, modality: str, raw: Tensor) -> Tensor:
-        if raw.requires_grad:
-            self._asked[modality] += 1
-            raw.register_hook(lambda gradient: self._note(modality, gradient))
-        return self.model.front_end(modality, raw)
-
-    def encode(self, modality: str, x: Tensor) -> Tensor:
-        return self.model.encode(modality, x)
-
-    def fuse(self, features: dict[str, Tensor]) -> Tensor:
-        self.forwards += 1
-        # Copies, since a model may write into what it is given to fuse.
-        latent = self.model.fuse({**{m: x.clone() for m, x in self.held.items()}, **features})
-        if latent.requires_grad:  # every goal's gradient comes through here, also that of the latent itself
-            latent.register_hook(self._count_backward)
-        return latent
-
-    def classify(self, latent: Tensor) -> Tensor:
-        return self.model.classify(latent)
-
-    def zero_gradients(self, batch: int) -> Tensor:
-        """Share of wanted gradients that were exactly zero, or never came, in the worst attacked modality, [batch]."""
-        shares = [
-            (1 - torch.as_tensor(self._came[m]).cpu() / max(asked, 1)).expand(batch) * (asked > 0)
-            for m, asked in self._asked.items()
-        ]
-        return torch.stack(shares).amax(0)
-
-    def _note(self, modality: str, gradient: Tensor) -> None:
-        self._came[modality] = self._came[modality] + (gradient.flatten(1).abs().amax(1) > 0).int()
-
-    def _count_backward(self, _: Tensor) -> None:
-        self.backwards += 1

@@ -2,16 +2,17 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from robustav.classifier import Inputs, InputSpec, Trace
-from robustav.goals import Goal, Untargeted
+from robustav.goals import Goal, Steered, Untargeted
 from robustav.norms import NORMS, TINY, Draws, Norm, Radius, l2_length, linf_length, per_sample
 
 LARGEST = 1e18  # radius; beyond it squares leave float32
@@ -33,6 +34,7 @@ class Budget:
     snr_db: float | None = None
     low: float = -1.0
     high: float = 1.0
+    factor: float | Tensor = 1.0  # times which the radius of an SNR is allowed; an epsilon is multiplied itself
     writable: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -64,16 +66,25 @@ class Budget:
     def radius(self, clean: Tensor) -> Radius:
         """The largest allowed length of a perturbation of `clean`: a float, or [batch]."""
         if self.snr_db is not None:
-            return l2_length(clean) * 10 ** (-self.snr_db / 20)
+            return l2_length(clean) * (self.factor * 10 ** (-self.snr_db / 20))
         return self.epsilon if isinstance(self.epsilon, Tensor) else float(self.epsilon)  # type: ignore[arg-type]
 
     def scaled(self, factor: float | Tensor) -> "Budget":
         """The same budget with its radius times `factor` (a number, or [batch])."""
         if self.snr_db is not None:
             if isinstance(factor, Tensor) or factor <= 0:
-                raise ValueError(f"a budget in dB can be scaled by a positive number, got {factor!r}")
+                return replace(self, factor=self.factor * factor)
             return replace(self, snr_db=self.snr_db - 20 * math.log10(factor))
         return replace(self, epsilon=self.radius(torch.zeros(0)) * factor)
+
+    def at(self, rows: Tensor) -> "Budget":
+        """The budget of some clips of the batch."""
+        chosen: dict[str, Any] = {
+            name: value[rows]
+            for name in ("epsilon", "factor", "writable")
+            if isinstance(value := getattr(self, name), Tensor) and value.ndim
+        }
+        return replace(self, **chosen) if chosen else self
 
     def project(self, clean: Tensor, x: Tensor) -> Tensor:
         """The point nearest to `x` (exactly so inside the valid range) that the budget allows."""
@@ -181,6 +192,14 @@ class ThreatModel:
         writable = writable or {}
         budgets = {m: replace(b, writable=writable[m]) if m in writable else b for m, b in self.budgets.items()}
         return ThreatModel(budgets, self.goal.given(clean) if clean is not None else self.goal)
+
+    def at(self, rows: Tensor) -> "ThreatModel":
+        """The threat to some clips of the batch (indices, repeats allowed)."""
+        return ThreatModel({m: budget.at(rows) for m, budget in self.budgets.items()}, self.goal.at(rows))
+
+    def steered(self, loss: Callable[..., Tensor], aim: Tensor | None = None) -> "ThreatModel":
+        """The same threat, whose goal is pursued by way of another loss; see `robustav.goals.Steered`."""
+        return replace(self, goal=Steered(self.goal.label_kind, self.goal.threshold, None, self.goal, loss, aim))
 
     def words(self, specs: Mapping[str, InputSpec]) -> dict[str, str]:
         """Modality -> budget, as a report prints it."""

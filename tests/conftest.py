@@ -18,6 +18,7 @@ CHECKED = [
     "attacks",
     "audit",
     "prepare",
+    "view",
     "models.small",
     "metrics",
     "geometry",

@@ -11,9 +11,9 @@ from robustav.attacks import ATTACKS, FGSM, PGD, MomentumFGSM, Noise, Restarts
 from robustav.attacks.ascent import Point, climb, look
 from robustav.classifier import InputSpec
 from robustav.goals import Hide, Inject, PushLatent, Targeted, Untargeted
-from robustav.prepare import AttackView
 from robustav.randomness import draws_for
 from robustav.threat import Budget, ThreatModel
+from robustav.view import AttackView, Tally
 
 ALL = [make() for make in ATTACKS.values()] + [
     Restarts(PGD(steps=3), 2),
@@ -167,10 +167,11 @@ def test_one_full_step_of_pgd_is_fgsm_even_where_it_overshoots():
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_costs_what_it_says(steps, fusion, inputs):
-    view = AttackView(fusion, ("audio",), {"visual": fusion.encode("visual", inputs["visual"])})
+    tally = Tally(6, ("audio",))
+    view = AttackView(fusion, ("audio",), {"visual": fusion.encode("visual", inputs["visual"])}, tally)
     run(PGD(steps=steps), view, {"audio": inputs["audio"]}, LABELS, threat_of("linf", ("audio",)))
-    assert (view.forwards, view.backwards) == (steps + 1, steps)
-    assert view.zero_gradients(6).tolist() == [0.0] * 6
+    assert (tally.forwards.tolist(), tally.backwards.tolist()) == ([steps + 1] * 6, [steps] * 6)
+    assert tally.zero_gradients().tolist() == [0.0] * 6
 
 
 @pytest.mark.parametrize("label_kind", ["multilabel", "multiclass"])
@@ -282,9 +283,10 @@ def test_a_detached_model_counts_as_zero_gradients_not_as_robust(attack, inputs)
         def encode(self, modality, x):
             return super().encode(modality, x).detach()
 
-    view = AttackView(Detached(tiny_specs()).requires_grad_(False), ("audio", "visual"), {})
+    tally = Tally(6, ("audio", "visual"))
+    view = AttackView(Detached(tiny_specs()).requires_grad_(False), ("audio", "visual"), {}, tally)
     run(attack, view, inputs, torch.ones(6, 1), threat_of("linf"))
-    assert view.zero_gradients(6).tolist() == [1.0] * 6
+    assert tally.zero_gradients().tolist() == [1.0] * 6
 
 
 def test_a_detached_branch_counts_as_zero_gradients(inputs):
@@ -293,9 +295,10 @@ def test_a_detached_branch_counts_as_zero_gradients(inputs):
             features = super().encode(modality, x)
             return features.detach() if modality == "audio" else features
 
-    view = AttackView(OneEared(tiny_specs()), ("audio", "visual"), {})
+    tally = Tally(6, ("audio", "visual"))
+    view = AttackView(OneEared(tiny_specs()), ("audio", "visual"), {}, tally)
     run(PGD(steps=3), view, inputs, torch.ones(6, 1), threat_of("linf"))
-    assert view.zero_gradients(6).tolist() == [1.0] * 6
+    assert tally.zero_gradients().tolist() == [1.0] * 6
 
 
 @pytest.mark.parametrize(

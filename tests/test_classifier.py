@@ -10,9 +10,10 @@ from robustav.audio import LogMel, hertz_to_mel, mel_filters, mel_to_hertz
 from robustav.classifier import AtFeatures, InputSpec, LateFusion, Wrapped, frames, waveform
 from robustav.goals import Untargeted
 from robustav.models import small
-from robustav.prepare import AttackView, fold_batch_norms, medium_is_exact, prepare, quick_products
+from robustav.prepare import fold_batch_norms, medium_is_exact, prepare, quick_products
 from robustav.randomness import draws_for
 from robustav.threat import Budget, ThreatModel
+from robustav.view import AttackView, Tally
 
 SPECS = tiny_specs()
 
@@ -171,7 +172,7 @@ def test_quick_products_are_undone():
 
 def test_the_attack_view_of_one_modality_scores_as_the_model_of_both(fusion, inputs):
     held = {"visual": fusion.encode("visual", inputs["visual"]).detach()}
-    view = AttackView(fusion, ("audio",), held)
+    view = AttackView(fusion, ("audio",), held, Tally(len(inputs["audio"]), ("audio",)))
     torch.testing.assert_close(view({"audio": inputs["audio"]}), fusion(inputs))
     with pytest.raises(ValueError, match=r"must have the modalities \['audio'\]"):
         view(inputs)

@@ -9,7 +9,7 @@ from test_harness import GOAL, rows_for
 from robustav.attacks import FGSM, PGD, Noise
 from robustav.harness import Settings, evaluate
 from robustav.ledger import failures
-from robustav.prepare import AttackView
+from robustav.view import AttackView
 
 ATTACKED = {"noise": Noise(), "fgsm": FGSM(), "pgd": PGD(5)}
 

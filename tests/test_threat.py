@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustav.audit import excess
+from robustav.classifier import Trace
+from robustav.goals import Untargeted
 from robustav.norms import NORMS
 from robustav.randomness import draws_for
 from robustav.threat import Budget, ThreatModel, parse_budget, parse_epsilons, snr_db
@@ -223,7 +225,6 @@ def test_epsilons_that_are_none(text, message):
         (lambda: Budget("linf", torch.ones(2, 2)), r"a number or \[batch\], got shape \[2, 2\]"),
         (lambda: Budget("linf", torch.tensor([0.1, -1.0])), "at or above 0 .*, got -1"),
         (lambda: ThreatModel({}), "at least one modality"),
-        (lambda: Budget("l2", snr_db=3.0).scaled(0.0), "positive number, got 0.0"),
     ],
 )
 def test_what_is_no_budget_says_so(make, message):
@@ -235,3 +236,39 @@ def test_budgets_are_printed_with_unit_fraction_and_level():
     assert Budget("linf", 0.01).words("amplitude") == "linf, 0.01 amplitude (-40.0 dBFS)"
     assert Budget("linf", "4/255").words("pixel value") == "linf, 4/255 = 0.0156863 pixel value"
     assert Budget("l2", snr_db=30.0).words("amplitude") == "l2, SNR at least 30 dB"
+
+
+def test_a_ratio_of_powers_can_be_scaled_clip_by_clip():
+    clean = torch.rand(3, 8) - 0.5
+    budget, factor = Budget("l2", snr_db=20.0), torch.tensor([0.0, 0.5, 2.0])
+    radius = clean.norm(dim=1) / 10
+    torch.testing.assert_close(budget.scaled(factor).radius(clean), radius * factor)
+    torch.testing.assert_close(budget.scaled(0.5).scaled(factor).radius(clean), radius * factor / 2)
+    inside = budget.scaled(factor).project(clean, clean + 1)
+    assert torch.equal(inside[0], clean[0])
+    assert (excess(clean, inside, budget.scaled(factor))[1:] > 0.99).all()
+
+
+def test_a_threat_to_some_clips_is_the_threat_to_each():
+    clean = {"audio": torch.rand(4, 8) - 0.5}
+    writable = {"audio": torch.rand(4, 8) > 0.5}
+    epsilon, rows = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([3, 1, 1])
+    trace = Trace({}, torch.rand(4, 2), torch.rand(4, 3))
+    threat = ThreatModel({"audio": Budget("linf", epsilon)}).given(clean=trace, writable=writable)
+    some = threat.at(rows)
+    moved = {"audio": torch.ones(4, 8)}
+    expected = threat.project(clean, moved)["audio"][rows]
+    got = some.project({"audio": clean["audio"][rows]}, {"audio": moved["audio"][rows]})["audio"]
+    assert torch.equal(got, expected)
+    assert torch.equal(some.goal.clean.logits, trace.logits[rows])
+
+
+def test_a_steered_threat_climbs_another_loss_for_the_same_success():
+    logits, labels = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]]), torch.tensor([0, 0])
+    trace = Trace({}, logits, logits)
+    plain = ThreatModel({"audio": Budget("linf", 0.1)}, Untargeted("multiclass"))
+    steered = plain.steered(lambda logits, labels, aim: logits.gather(1, aim[:, None])[:, 0], torch.tensor([2, 1]))
+    assert steered.goal.loss(trace, labels).tolist() == [0.0, 3.0]
+    assert steered.goal.reached(trace, labels).tolist() == plain.goal.reached(trace, labels).tolist() == [False, True]
+    rows = torch.tensor([1])
+    assert steered.at(rows).goal.loss(Trace({}, logits[rows], logits[rows]), labels[rows]).tolist() == [3.0]

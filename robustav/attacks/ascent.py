@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from robustav.classifier import Classifier, Inputs
+from robustav.norms import Draws
 from robustav.threat import ThreatModel
 
 
@@ -27,11 +28,38 @@ class Point(NamedTuple):
         return Point(inputs, loss, torch.where(better, other.reached, self.reached))
 
 
+class Pursuit(NamedTuple):
+    """What an attack works on, and the part of it that some clips make."""
+
+    model: Classifier
+    inputs: Inputs
+    labels: Tensor
+    threat: ThreatModel
+    draws: Draws
+
+    def at(self, rows: Tensor) -> "Pursuit":
+        """The same for some clips of the batch (indices)."""
+        return Pursuit(
+            self.model.at(rows),
+            {m: x[rows] for m, x in self.inputs.items()},
+            self.labels[rows],
+            self.threat.at(rows),
+            [self.draws[i] for i in rows.tolist()],
+        )
+
+
+def put(whole: Inputs, rows: Tensor, part: Inputs) -> Inputs:
+    """`whole` with the clips `rows` replaced by those of `part`."""
+    return {m: x.index_copy(0, rows, part[m]) if part[m] is not x else x for m, x in whole.items()}
+
+
 def look(model: Classifier, inputs: Inputs, labels: Tensor, threat: ThreatModel) -> Point:
     """Loss and verdict of the goal, without a gradient."""
     with torch.no_grad():
         trace = model.trace(inputs)
-        return Point(inputs, threat.goal.loss(trace, labels), threat.goal.reached(trace, labels))
+        loss, reached = threat.goal.loss(trace, labels), threat.goal.reached(trace, labels)
+        model.note(loss, reached)
+        return Point(inputs, loss, reached)
 
 
 def climb(model: Classifier, inputs: Inputs, labels: Tensor, threat: ThreatModel) -> tuple[Point, Inputs]:
@@ -57,4 +85,6 @@ def climb(model: Classifier, inputs: Inputs, labels: Tensor, threat: ThreatModel
                 "look for a logarithm or square root of zero in the front end"
             )
     with torch.no_grad():
-        return Point(inputs, loss.detach(), threat.goal.reached(trace, labels)), gradients
+        reached = threat.goal.reached(trace, labels)
+        model.note(loss.detach(), reached)
+        return Point(inputs, loss.detach(), reached), gradients

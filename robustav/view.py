@@ -1,0 +1,110 @@
+"""What an attack sees of a model: the attacked modalities alone, the rest held; and a tally of what it does."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from robustav.classifier import Classifier
+
+LATE = 10  # looks: how much of an attack's end must have stopped gaining [Pintor et al., 2022, arXiv:2106.09947]
+
+
+@dataclass
+class Tally:
+    """What an attack spent on each clip of a batch, and what it saw on the way, [batch] each."""
+
+    size: int
+    modalities: Sequence[str]
+    device: torch.device | str = "cpu"  # where the model runs, so that counting waits for nothing
+    forwards: Tensor = field(init=False)
+    backwards: Tensor = field(init=False)
+    asked: dict[str, Tensor] = field(init=False)  # forward passes after which a gradient was wanted
+    came: dict[str, Tensor] = field(init=False)  # gradients that were not zero
+    ever_reached: Tensor = field(init=False)  # 1 where some point on the way reached the goal
+    best: list[Tensor] = field(default_factory=list)  # largest loss so far, after every look
+    worst: Tensor | None = None  # smallest loss ever looked at
+
+    def __post_init__(self) -> None:
+        none = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        self.forwards, self.backwards, self.ever_reached = none.clone(), none.clone(), none.clone()
+        self.asked = {m: none.clone() for m in self.modalities}
+        self.came = {m: none.clone() for m in self.modalities}
+
+    def zero_gradients(self) -> Tensor:
+        """Share of wanted gradients that were exactly zero, or never came, in the worst attacked modality."""
+        shares = [(1 - self.came[m] / asked.clamp(min=1)) * (asked > 0) for m, asked in self.asked.items()]
+        return torch.stack(shares).amax(0)
+
+    def hear(self, rows: Tensor, loss: Tensor, reached: Tensor) -> None:
+        """One look: the loss and the verdict of the clips `rows`."""
+        loss = loss.double()
+        if self.worst is None:
+            self.worst = loss.new_full((self.size,), torch.inf)
+        highest = self.best[-1].clone() if self.best else loss.new_full((self.size,), -torch.inf)
+        self.best.append(highest.scatter_reduce_(0, rows, loss, "amax"))
+        self.worst = self.worst.scatter_reduce(0, rows, loss, "amin")
+        self.ever_reached.scatter_reduce_(0, rows, reached.long(), "amax")
+
+    def late_gain(self) -> Tensor:
+        """Share of the whole gain in loss that came in the last `LATE` looks; nan after fewer than twice as many."""
+        if len(self.best) < 2 * LATE or self.worst is None:
+            return torch.full((self.size,), torch.nan, dtype=torch.float64, device=self.device)
+        last, before = self.best[-1], self.best[-1 - LATE]
+        return (last - before) / (last - self.worst).clamp(min=1e-12)
+
+
+class AttackView(Classifier):
+    """A classifier of the attacked modalities alone; the others' features were encoded once and are held.
+
+    Whatever passes through it is entered into `tally`. `rows` are the places of these clips in the batch of the tally.
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        attacked: Sequence[str],
+        held: dict[str, Tensor],
+        tally: Tally,
+        rows: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.held, self.tally = model, held, tally
+        self.rows = torch.arange(tally.size, device=tally.device) if rows is None else rows
+        self.specs = {m: model.specs[m] for m in attacked}
+        self.classes, self.label_kind, self.stochastic = model.classes, model.label_kind, model.stochastic
+
+    def at(self, rows: Tensor) -> "AttackView":
+        held = {m: x[rows] for m, x in self.held.items()}
+        return AttackView(self.model, tuple(self.specs), held, self.tally, self.rows[rows])
+
+    def front_end(self, modality: str, raw: Tensor) -> Tensor:
+        if raw.requires_grad:
+            self._enter(self.tally.asked[modality])
+            raw.register_hook(lambda gradient: self._note_gradient(modality, gradient))
+        return self.model.front_end(modality, raw)
+
+    def encode(self, modality: str, x: Tensor) -> Tensor:
+        return self.model.encode(modality, x)
+
+    def fuse(self, features: dict[str, Tensor]) -> Tensor:
+        self._enter(self.tally.forwards)
+        # Copies, since a model may write into what it is given to fuse.
+        latent = self.model.fuse({**{m: x.clone() for m, x in self.held.items()}, **features})
+        if latent.requires_grad:  # every goal's gradient comes through here, also that of the latent itself
+            latent.register_hook(lambda _: self._enter(self.tally.backwards))
+        return latent
+
+    def classify(self, latent: Tensor) -> Tensor:
+        return self.model.classify(latent)
+
+    def note(self, loss: Tensor, reached: Tensor) -> None:
+        self.tally.hear(self.rows, loss, reached)
+
+    def _enter(self, count: Tensor) -> None:
+        count.index_add_(0, self.rows, torch.ones_like(self.rows))
+
+    def _note_gradient(self, modality: str, gradient: Tensor) -> None:
+        moved = (gradient.flatten(1).abs().amax(1) > 0).long()
+        self.tally.came[modality].index_add_(0, self.rows, moved)
