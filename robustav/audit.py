@@ -18,6 +18,8 @@ def violations(
     threat: ThreatModel,
     specs: Mapping[str, InputSpec],
     writable: Mapping[str, Tensor] | None = None,
+    *,
+    bounded: bool = True,
 ) -> list[str]:
     """For each sample, what is wrong with the returned inputs, in words; an empty string where nothing is.
 
@@ -38,8 +40,9 @@ def violations(
         note(~x.isfinite().flatten(1).all(1), f"{m} is not finite")
         low, high = specs[m].low, specs[m].high
         note(((x < low) | (x > high)).flatten(1).any(1), f"{m} leaves [{low:g}, {high:g}]")
-        over = excess(clean[m], x, threat.budgets[m])
-        note(~(over <= 1 + TOLERANCE), f"{m}: length over budget is", over)
+        if bounded:  # an attack that looks for the smallest budget has none to keep
+            over = excess(clean[m], x, threat.budgets[m])
+            note(~(over <= 1 + TOLERANCE), f"{m}: length over budget is", over)
         if writable and m in writable:
             note(((x != clean[m]) & ~writable[m]).flatten(1).any(1), f"{m} was changed in its padding")
     return ["; ".join(words) for words in found]

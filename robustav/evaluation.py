@@ -1,19 +1,22 @@
 """One evaluation from start to end, in the words of the command line: what is asked, and the run that answers it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robustav.attacks import ATTACKS, Attack, Restarts
+from robustav.attacks import ATTACKS, FMN, Attack, MomentumFGSM, Restarts
+from robustav.bridges import Bridge, parse_bridge
 from robustav.classifier import Classifier
 from robustav.data.samples import Progress
 from robustav.data.sources import load_samples
-from robustav.goals import parse_goal
+from robustav.goals import Goal, parse_goal
 from robustav.harness import Settings, evaluate
-from robustav.ledger import Ledger
+from robustav.ledger import Ledger, digest_of_model
+from robustav.lessons import UNIVERSAL, universal_rows
 from robustav.models.zoo import load_model
-from robustav.plan import conditions
+from robustav.plan import Member, Score, Source, conditions
+from robustav.suites import SUITES, has_setting, members, with_settings
 from robustav.threat import parse_epsilons
 
 
@@ -31,13 +34,20 @@ class Evaluation:
     checkpoint: Path | None = None
     trust_pickle: bool = False
     norm: str | None = None  # linf, l2 or l1; linf unless a budget is an SNR, which is l2
-    attacks: Sequence[str] = tuple(ATTACKS)
+    suite: str = "standard"  # a key of SUITES
+    attacks: Sequence[str] = ()  # keys of ATTACKS, torchattacks:NAME, art:NAME, universal; in place of the suite
     attacked: Sequence[str] = ()  # as in "audio", "audio+visual"; empty: every set of modalities
     steps: int | None = None
     restarts: int = 1
+    eot: int | None = None  # passes that attacks average; 20 for a model declared stochastic, else 1
+    smallest: bool = False  # also look for the smallest budget that breaks each clip
+    source: str | Classifier | None = None  # a second model: what breaks it is tried on this one
+    source_checkpoint: Path | None = None
+    learn_on: str | None = None  # what a universal perturbation is learnt on; av-events/train for av-events
     goal: str = "untargeted"
     loss: str | None = None
     success: str | None = None
+    score: Score | None = None  # mAP or hits; unless told, mAP of multi-label models, hits of others
     threshold: float = 0.5
     seed: int = 0
     limit: int | None = None
@@ -49,12 +59,25 @@ class Evaluation:
             object.__setattr__(self, name, tuple(str(one) for one in many))
         if not self.eps:
             raise ValueError("`eps` must name at least one epsilon, got none")
-        if unknown := [name for name in self.attacks if name not in ATTACKS]:
-            raise ValueError(f"no attack {unknown[0]!r}: there are {', '.join(ATTACKS)}")
+        if self.suite not in SUITES:
+            raise ValueError(f"no suite {self.suite!r}: there are {', '.join(SUITES)}")
+        for name in self.attacks:
+            if name not in ATTACKS and name != UNIVERSAL and parse_bridge(name) is None:
+                raise ValueError(
+                    f"no attack {name!r}: there are {', '.join([*ATTACKS, UNIVERSAL])}, torchattacks:NAME and art:NAME"
+                )
+        if self.score not in (None, "mAP", "hits"):
+            raise ValueError(f"`score` must be 'mAP' or 'hits', got {self.score!r}")
         if isinstance(self.model, Classifier) and self.checkpoint is not None:
             raise ValueError("`checkpoint` goes with a model by name: load the weights into the model that you pass")
+        if self.source_checkpoint is not None and not isinstance(self.source, str):
+            raise ValueError("`source_checkpoint` goes with a `source` by name, got none")
+        if self.eot is not None and self.eot < 1:
+            raise ValueError(f"`eot` must be at least 1, got {self.eot}")
         if self.limit is not None and self.limit < 0:
             raise ValueError(f"`limit` must not be negative, got {self.limit}")
+        if self.learn_on is not None and UNIVERSAL not in self.attacks:
+            raise ValueError(f"`learn_on` goes with the attack {UNIVERSAL!r}, which is not asked for")
 
     def run(
         self, out: Path | str | None = None, settings: Settings | None = None, progress: Progress | None = None
@@ -63,11 +86,7 @@ class Evaluation:
 
         `progress` hears of data being generated, `settings.progress` of the attacks.
         """
-        if isinstance(self.model, Classifier):
-            model: Classifier = self.model
-            about: dict[str, Any] = {"model": type(self.model).__name__}
-        else:
-            model, about = load_model(self.model, self.checkpoint, trust_pickle=self.trust_pickle)
+        model, about = self._load(self.model, self.checkpoint)
         # So that latent metrics can find the same model and clips again; decides no number, hence no part of the identity.
         about["asked"] = {
             "data": _absolute(self.data),
@@ -76,26 +95,49 @@ class Evaluation:
         goal = parse_goal(
             self.goal, model.classes, model.label_kind, loss=self.loss, success=self.success, threshold=self.threshold
         )
+        score = self.score or ("mAP" if model.label_kind == "multilabel" else "hits")
         epsilons = parse_epsilons(list(self.eps), model.specs, self.norm)
-        rows = conditions(self.made_attacks(), epsilons, goal, self._sets(sorted(model.specs)))
+        sets = self._sets(sorted(model.specs))
+        rows = conditions(self.members(model, goal, score), epsilons, goal, sets, score)
+        if sets is None:  # peers attack one modality at a time; they refuse several only where those were asked for
+            rows = [row for row in rows if len(row.attacked) < 2 or not isinstance(row.attack, Bridge)]
         samples, quick_look = load_samples(self.data, model, progress)
         limit = quick_look if self.limit is None else self.limit or None
+        settings = settings or Settings()
+        if UNIVERSAL in self.attacks:
+            rows += universal_rows(model, goal, epsilons, sets, self.data, self.learn_on, settings, self.seed, progress)
         return evaluate(model, samples, rows, goal, out, seed=self.seed, limit=limit, about=about, settings=settings)
 
-    def made_attacks(self) -> dict[str, Attack]:
-        """The attacks by name, with the steps and restarts that were asked for where an attack has them."""
-        made: dict[str, Attack] = {}
-        for wanted, setting, given in (("steps", "steps", self.steps), ("random_start", "restarts", self.restarts - 1)):
-            if given and not any(hasattr(ATTACKS[name](), wanted) for name in self.attacks):
-                raise ValueError(f"`{setting}` has no meaning for {', '.join(self.attacks)}: leave it out")
-        for name in self.attacks:
-            attack = ATTACKS[name]()
-            if self.steps is not None and hasattr(attack, "steps"):
-                attack = replace(attack, steps=self.steps)  # type: ignore[type-var]
-            made[name] = (
-                Restarts(attack, self.restarts) if self.restarts > 1 and hasattr(attack, "random_start") else attack
-            )
+    def members(self, model: Classifier, goal: Goal, score: Score) -> list[Member]:
+        """The attacks of the run in their order, with the settings that were asked for where an attack has them."""
+        named = {name: parse_bridge(name) or ATTACKS[name]() for name in self.attacks if name != UNIVERSAL}
+        chosen = named if self.attacks else {**SUITES[self.suite](goal, model), **model.adaptive_attacks()}
+        made = members(self._as_asked(chosen), model, score, self.eot)
+        if self.source is not None:
+            other, about = self._load(self.source, self.source_checkpoint)
+            made.append(Member("transfer", MomentumFGSM(20), Source(about["model"], other, digest_of_model(other))))
+        if self.smallest:
+            made.append(Member("smallest", FMN(), smallest=True))
         return made
+
+    def _as_asked(self, attacks: dict[str, Attack]) -> dict[str, Attack]:
+        """With the steps and restarts that were given."""
+        for wanted, setting, given in (("steps", "steps", self.steps), ("random_start", "restarts", self.restarts - 1)):
+            if given and not any(has_setting(attack, wanted) for attack in attacks.values()):
+                raise ValueError(f"`{setting}` has no meaning for {', '.join(attacks) or UNIVERSAL}: leave it out")
+        if self.steps is not None:
+            attacks = {name: with_settings(attack, steps=self.steps) for name, attack in attacks.items()}
+        if self.restarts > 1:
+            attacks = {
+                name: Restarts(attack, self.restarts) if hasattr(attack, "random_start") else attack
+                for name, attack in attacks.items()
+            }
+        return attacks
+
+    def _load(self, model: str | Classifier, checkpoint: Path | None) -> tuple[Classifier, dict[str, Any]]:
+        if isinstance(model, Classifier):
+            return model, {"model": type(model).__name__}
+        return load_model(model, checkpoint, trust_pickle=self.trust_pickle)
 
     def _sets(self, modalities: Sequence[str]) -> list[tuple[str, ...]] | None:
         if not self.attacked:

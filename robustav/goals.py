@@ -1,5 +1,6 @@
 """What an adversary wants: a loss to climb and a declared rule for when it has been reached."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -12,6 +13,10 @@ from torch import Tensor
 
 from robustav.classifier import LabelKind, Trace
 from robustav.losses import DEFAULT_LOSS, LOSSES, Logits, bce, margin, multi_hot
+from robustav.ranking import class_quantiles, class_weights, corpus_ap, stealth, top_k_average, top_k_lost
+
+OWN = "labels"  # in place of classes: those that each clip is labelled with
+LEARNT = ("clean", "corpus")  # fields that follow from model and data, and are no settings
 
 
 def label_set(logits: Logits, threshold: float | Tensor, label_kind: LabelKind) -> Bool[Tensor, "batch class"]:
@@ -59,7 +64,8 @@ class Goal(ABC):
     """`loss` is what an attack climbs; `reached` is the declared rule by which success is counted.
 
     `threshold` is the probability at which a class counts as predicted (multilabel). A goal that compares with the
-    clean prediction or latent learns it from `given`, once a batch.
+    clean prediction or latent learns it from `given`, once a batch; one that compares with the scores of all clips
+    says so by `needs_corpus` and learns them from `learned`, once a run.
     """
 
     label_kind: LabelKind = "multilabel"
@@ -86,6 +92,15 @@ class Goal(ABC):
         """The same goal, knowing what the model says of this batch's clean inputs."""
         return replace(self, clean=Trace({}, clean.latent.detach(), clean.logits.detach()))
 
+    @property
+    def needs_corpus(self) -> bool:
+        """Whether `learned` must be called before the goal is pursued."""
+        return False
+
+    def learned(self, logits: Logits, labels: Tensor) -> "Goal":
+        """The same goal, knowing the clean scores and the labels of all clips of a run; unless told, as it was."""
+        return self
+
     def at(self, rows: Tensor) -> "Goal":
         """The goal for some clips of the batch (indices, repeats allowed)."""
         if self.clean is None:
@@ -94,7 +109,7 @@ class Goal(ABC):
 
     def settings(self) -> dict[str, object]:
         """Everything that decides a loss or a verdict, as a record keeps it."""
-        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "clean"}
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in LEARNT}
         return {"goal": type(self).__name__, **chosen}
 
     def check_model(self, classes: int, label_kind: LabelKind) -> None:
@@ -175,6 +190,13 @@ class Steered(Goal):
     def given(self, clean: Trace) -> "Goal":
         return replace(self, goal=self.goal.given(clean))
 
+    @property
+    def needs_corpus(self) -> bool:
+        return self.goal.needs_corpus
+
+    def learned(self, logits: Logits, labels: Tensor) -> "Goal":
+        return replace(self, goal=self.goal.learned(logits, labels))
+
     def at(self, rows: Tensor) -> "Goal":
         return replace(self, goal=self.goal.at(rows), aim=None if self.aim is None else self.aim[rows])
 
@@ -200,23 +222,30 @@ class Targeted(Goal):
 
 @dataclass(frozen=True)
 class Hide(Goal):
-    """Push the chosen classes below the threshold; multilabel only."""
+    """Push the chosen classes (indices), or with "labels" each clip's own, below the threshold; multilabel only."""
 
-    chosen: tuple[int, ...] = ()
+    chosen: tuple[int, ...] | str = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _choice(self)
 
     def loss(self, trace: Trace, labels: Tensor) -> Tensor:
-        return F.softplus(-trace.logits[:, list(self.chosen)]).sum(1)
+        chosen = chosen_classes(self.chosen, labels, trace.logits)
+        return F.softplus(-trace.logits).masked_fill(~chosen, 0).sum(1)
 
     def reached(self, trace: Trace, labels: Tensor) -> Tensor:
-        return ~label_set(trace.logits, self.threshold, self.label_kind)[:, list(self.chosen)].any(1)
+        return _hidden(self, trace, labels)
 
     def words(self, classes: tuple[str, ...]) -> str:
-        names = ", ".join(classes[c] for c in self.chosen)
-        return f"hide {names}; success: none of them is predicted (probability >= {self.threshold:g}) any more"
+        return (
+            f"hide {_names(self.chosen, classes)}; success: none of them is predicted "
+            f"(probability >= {self.threshold:g}) any more"
+        )
+
+    def check_model(self, classes: int, label_kind: LabelKind) -> None:
+        super().check_model(classes, label_kind)
+        _fits(self.chosen, classes)
 
 
 @dataclass(frozen=True)
@@ -236,8 +265,134 @@ class Inject(Goal):
         return label_set(trace.logits, self.threshold, self.label_kind)[:, list(self.chosen)].all(1)
 
     def words(self, classes: tuple[str, ...]) -> str:
-        names = ", ".join(classes[c] for c in self.chosen)
+        names = _names(self.chosen, classes)
         return f"inject {names}; success: all of them are predicted (probability >= {self.threshold:g})"
+
+    def check_model(self, classes: int, label_kind: LabelKind) -> None:
+        super().check_model(classes, label_kind)
+        _fits(self.chosen, classes)
+
+
+@dataclass(frozen=True)
+class Stealth(Goal):
+    """Hide the chosen classes, or with "labels" each clip's own, and let nothing else be seen to change; multilabel
+    only [after Sun et al., 2023, arXiv:2309.00007].
+
+    Success asks for both: none of the chosen is predicted, and of the others the same are as on the clean input. mAP is
+    blind to it where few clips are hidden or all sink alike: report `robustav.metrics.tagging.hide_rate` beside it.
+    `weight` is what a squared logit of the others' movement costs against a logit of the chosen.
+    """
+
+    chosen: tuple[int, ...] | str = ()
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _choice(self)
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"`weight` must be a finite number at or above 0, got {self.weight!r}")
+
+    def loss(self, trace: Trace, labels: Tensor) -> Tensor:
+        chosen = chosen_classes(self.chosen, labels, trace.logits)
+        return stealth(trace.logits, self._clean(), chosen, logit(self.threshold), self.weight)
+
+    def reached(self, trace: Trace, labels: Tensor) -> Tensor:
+        now = label_set(trace.logits, self.threshold, self.label_kind)
+        before = label_set(self._clean(), self.threshold, self.label_kind)
+        others = ~chosen_classes(self.chosen, labels, trace.logits)
+        return _hidden(self, trace, labels) & ~((now != before) & others).any(1)
+
+    def words(self, classes: tuple[str, ...]) -> str:
+        return (
+            f"hide {_names(self.chosen, classes)} and move nothing else; success: none of them is predicted "
+            f"(probability >= {self.threshold:g}) any more, and the other predicted classes are those of the clean input"
+        )
+
+    def check_model(self, classes: int, label_kind: LabelKind) -> None:
+        super().check_model(classes, label_kind)
+        _fits(self.chosen, classes)
+
+    def _clean(self) -> Tensor:
+        if self.clean is None:
+            raise ValueError("stealth compares with the clean scores: call `threat.given(clean=trace)` first")
+        return self.clean.logits
+
+
+@dataclass(frozen=True)
+class TopK(Goal):
+    """Push every label out of the `k` highest scores [Hu et al., 2021, arXiv:2108.00146]; a tie counts as inside."""
+
+    k: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1:
+            raise ValueError(f"`k` must be at least 1, got {self.k}")
+
+    def loss(self, trace: Trace, labels: Tensor) -> Tensor:
+        return top_k_average(trace.logits, multi_hot(labels, trace.logits), self.k)
+
+    def reached(self, trace: Trace, labels: Tensor) -> Tensor:
+        return top_k_lost(trace.logits, multi_hot(labels, trace.logits), self.k)
+
+    def words(self, classes: tuple[str, ...]) -> str:
+        return f"out of the top {self.k}; success: none of the labels is among the {self.k} highest-scoring classes"
+
+    def check_model(self, classes: int, label_kind: LabelKind) -> None:
+        super().check_model(classes, label_kind)
+        if self.k >= classes:
+            raise ValueError(
+                f"`k` must be below the model's {classes} classes, got {self.k}: of all classes none can be pushed out"
+            )
+
+
+class Corpus(NamedTuple):
+    """What `CorpusAP` learns of a run's clean scores."""
+
+    quantiles: Float[Tensor, "2 class"]
+    weights: Float[Tensor, " class"]
+
+
+@dataclass(frozen=True)
+class CorpusAP(Goal):
+    """Lower the corpus' mAP: move each clip down the rankings of its labels and up all others; multilabel only.
+
+    Rankings are those of the run's clean clips, learnt from `learned`. Attack every clip: one without labels has
+    negatives to lift. `temperature` is in logits: too low, and scores that are far from their place pull no more.
+    """
+
+    success: str = "top1"
+    temperature: float = 4.0
+    corpus: Corpus | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _known("success", self.success, SUCCESSES)
+        if self.label_kind != "multilabel":
+            raise ValueError("CorpusAP needs a multilabel model: with one class a clip, choose Untargeted")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"`temperature` must be a finite number above 0, got {self.temperature!r}")
+
+    @property
+    def needs_corpus(self) -> bool:
+        return True
+
+    def learned(self, logits: Logits, labels: Tensor) -> "Goal":
+        return replace(self, corpus=Corpus(class_quantiles(logits, labels), class_weights(labels)))
+
+    def loss(self, trace: Trace, labels: Tensor) -> Tensor:
+        if self.corpus is None:
+            raise ValueError(
+                "the corpus' rankings are not known: call `goal.learned(logits, labels)` of all clips first"
+            )
+        quantiles, weights = (part.to(trace.logits) for part in self.corpus)
+        return corpus_ap(trace.logits, labels, quantiles, self.temperature, weights)
+
+    def reached(self, trace: Trace, labels: Tensor) -> Tensor:
+        return _holds(self, trace, labels)
+
+    def words(self, classes: tuple[str, ...]) -> str:
+        return f"down the corpus' rankings, which mAP is made of; success: {SUCCESSES[self.success].words}"
 
 
 @dataclass(frozen=True)
@@ -270,6 +425,9 @@ GOALS: dict[str, type[Goal]] = {
     "hide": Hide,
     "inject": Inject,
     "push-latent": PushLatent,
+    "top-k": TopK,
+    "corpus-ap": CorpusAP,
+    "stealth": Stealth,
 }
 
 
@@ -282,9 +440,11 @@ def parse_goal(
     success: str | None = None,
     threshold: float = 0.5,
 ) -> Goal:
-    """The goal that a command line names: `untargeted`, `targeted:CLASS`, `hide:A,B`, `inject:A,B`, `push-latent`.
+    """The goal that a command line names: `untargeted`, `targeted:CLASS`, `hide:A,B`, `inject:A,B`, `push-latent`,
+    `top-k:5`, `corpus-ap`, `stealth:A,B`.
 
-    Classes are names or, where a name holds a comma, indices. Settings that the goal does not have are refused.
+    Classes are names or, where a name holds a comma, indices; `hide:labels` and `stealth:labels` choose each clip's
+    own. Settings that the goal does not have are refused.
     """
     name, _, chosen = text.partition(":")
     _known("goal", name, GOALS)
@@ -295,15 +455,38 @@ def parse_goal(
             if setting not in goal.__dataclass_fields__:
                 raise ValueError(f"goal {name!r} has its own {setting.removesuffix('_name')}: leave {value!r} out")
             settings[setting] = value
-    wanted = next((field for field in ("target", "chosen") if field in goal.__dataclass_fields__), None)
+    wanted = next((field for field in ("target", "chosen", "k") if field in goal.__dataclass_fields__), None)
     if wanted is None and chosen:
         raise ValueError(f"goal {name!r} takes no classes, got {chosen!r}")
-    if wanted is not None:
+    if wanted == "k":
+        if not (chosen.isdecimal() and 1 <= int(chosen) < len(classes)):
+            raise ValueError(
+                f"goal {name!r} needs a number from 1 to {len(classes) - 1}, below the number of classes, "
+                f"as in '{name}:1', got {chosen!r}"
+            )
+        settings[wanted] = int(chosen)
+    elif wanted is not None:
+        if chosen == OWN and OWN not in classes and goal in (Hide, Stealth):
+            return goal(**settings, chosen=OWN)  # type: ignore[arg-type,call-arg]
         indices = _class_indices(chosen, classes, name)
         if wanted == "target" and len(indices) != 1:
             raise ValueError(f"goal 'targeted' takes one class, got {chosen!r}")
         settings[wanted] = indices[0] if wanted == "target" else indices
     return goal(**settings)  # type: ignore[arg-type]  # the fields are checked by each goal
+
+
+def logit(probability: float) -> float:
+    """The score at which a class has this probability."""
+    return math.log(probability / (1 - probability))
+
+
+def chosen_classes(chosen: tuple[int, ...] | str, labels: Tensor, logits: Logits) -> Bool[Tensor, "batch class"]:
+    """Which classes of each clip are meant: those indices, or with `OWN` the clip's labels."""
+    if chosen == OWN:
+        return labels > 0.5
+    mask = torch.zeros_like(logits, dtype=torch.bool)
+    mask[:, list(chosen)] = True  # type: ignore[arg-type]  # indices, since `OWN` is the only word that is let in
+    return mask
 
 
 def _class_indices(text: str, classes: tuple[str, ...], goal: str) -> tuple[int, ...]:
@@ -333,14 +516,31 @@ def _known(what: str, name: str, known: object) -> None:
         raise ValueError(f"`{what}` must be one of {sorted(known)}, got {name!r}")  # type: ignore[call-overload]
 
 
-def _holds(goal: Untargeted | PushLatent, trace: Trace, labels: Tensor) -> Tensor:
+def _holds(goal: Untargeted | PushLatent | CorpusAP, trace: Trace, labels: Tensor) -> Tensor:
     """The declared success rule."""
     clean = goal.clean.logits if goal.clean else None
     return SUCCESSES[goal.success].holds(trace.logits, labels, clean, goal.threshold, goal.label_kind)
 
 
-def _choice(goal: Hide | Inject) -> None:
+def _hidden(goal: Hide | Stealth, trace: Trace, labels: Tensor) -> Tensor:
+    """None of the chosen classes is predicted."""
+    predicted = label_set(trace.logits, goal.threshold, goal.label_kind)
+    return ~(predicted & chosen_classes(goal.chosen, labels, trace.logits)).any(1)
+
+
+def _choice(goal: Hide | Inject | Stealth) -> None:
     if goal.label_kind != "multilabel":
         raise ValueError(f"{type(goal).__name__} needs a multilabel model; for one class a clip use Targeted")
     if not goal.chosen:
         raise ValueError("`chosen` must name at least one class index, got none")
+    if isinstance(goal.chosen, str) and goal.chosen != OWN:
+        raise ValueError(f"`chosen` must be class indices, or {OWN!r} for each clip's own, got {goal.chosen!r}")
+
+
+def _fits(chosen: tuple[int, ...] | str, classes: int) -> None:
+    if chosen != OWN and not all(0 <= int(index) < classes for index in chosen):
+        raise ValueError(f"`chosen` must lie in 0..{classes - 1}, got {chosen}")
+
+
+def _names(chosen: tuple[int, ...] | str, classes: tuple[str, ...]) -> str:
+    return "each clip's own labels" if isinstance(chosen, str) else ", ".join(classes[c] for c in chosen)

@@ -4,8 +4,8 @@ import hashlib
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import torch
 from robustav import keep
 from robustav.classifier import Classifier
 from robustav.data.samples import Progress, Samples
+from robustav.flags import Flag, probe
 from robustav.goals import Goal
 from robustav.judge import Judge
 from robustav.ledger import Ledger, digest_of, digest_of_model, schema
-from robustav.plan import CLEAN, Condition
-from robustav.reader import Batch, Reader
+from robustav.plan import CLEAN, Condition, Source
+from robustav.reader import Batch, Reader, joined
 from robustav.record import identity_of, record_of
 
 PART = 32  # clips, or one batch if that is larger: what a kill can cost, for one condition
@@ -35,6 +36,8 @@ class Settings:
     shard: tuple[int, int] = (0, 1)  # this process's share of the parts: index, count
     strict: bool = False  # stop at the first clip that cannot be used
     keep: int = 0  # clips of which the adversarial examples are kept
+    probed: int = 16  # clips on which the model itself is looked at, for flags; 0: it is not
+    spare: bool = True  # do not attack clips that a cheaper condition broke, where the plan allows it
     progress: Progress = field(default=lambda what, done, total: None)
 
     def __post_init__(self) -> None:
@@ -43,8 +46,9 @@ class Settings:
         index, count = self.shard
         if not 0 <= index < count:
             raise ValueError(f"`shard` must be (index, count) with 0 <= index < count, got {self.shard}")
-        if self.keep < 0:
-            raise ValueError(f"`keep` must not be negative, got {self.keep}")
+        for name in ("keep", "probed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
 
 
 def pick_device(name: str) -> torch.device:
@@ -107,9 +111,21 @@ def evaluate(
     parts = [chosen[i : i + part_size] for i in range(0, len(chosen), part_size)]
     index, count = settings.shard
     kept = frozenset(samples.ids[i] for i in chosen[: settings.keep])
-    judge = Judge(Reader(model, samples, goal, batch_size, device, settings.strict), seed, ledger, kept)
-    with as_evaluated(model, device):
-        _run(judge, rows, [(n, part) for n, part in enumerate(parts) if n % count == index], settings.progress)
+    reader = Reader(model, samples, goal, batch_size, device, settings.strict, seed)
+    sources = {row.source.name: row.source.model for row in rows if row.source}
+    with ExitStack() as stack:
+        for evaluated in (model, *sources.values()):
+            stack.enter_context(as_evaluated(evaluated, device))
+        if goal.needs_corpus:
+            goal = _learned(reader, chosen, part_size, settings.progress)
+            rows = [
+                replace(row, threat=replace(row.threat, goal=goal)) if row.threat is not None else row for row in rows
+            ]
+        judge = Judge(replace(reader, goal=goal), seed, ledger, kept)
+        if index == 0 and settings.probed and not ledger.has_flags():
+            ledger.write_flags(_doubts(judge, rows, chosen[: settings.probed]))
+        mine = [(n, part) for n, part in enumerate(parts) if n % count == index]
+        _run(judge, rows, mine, settings.progress, settings.spare)
         if digest_of_model(model) != weights:
             _unsound(ledger, "the model's parameters or buffers changed while it was evaluated")
     if count == 1:
@@ -124,6 +140,13 @@ def _check(model: Classifier, samples: Samples, rows: Sequence[Condition], goal:
     if tuple(samples.classes) != tuple(model.classes):
         raise ValueError(f"{samples.name} has {len(samples.classes)} classes, not the model's {len(model.classes)}")
     goal.check_model(len(model.classes), model.label_kind)
+    for row in rows:
+        if row.source is not None:
+            _check_source(row.source, model, row.attacked)
+        if row.threat is not None and hasattr(
+            row.attack, "check"
+        ):  # what a peer cannot do is said before anything runs
+            row.attack.check(model, row.threat)  # type: ignore[union-attr]
     if seed < 0:
         raise ValueError(f"`seed` must not be negative, got {seed}")
     keys = [row.key for row in rows]
@@ -131,6 +154,21 @@ def _check(model: Classifier, samples: Samples, rows: Sequence[Condition], goal:
         raise ValueError(f"`rows` must hold the clean condition and no condition twice, got {keys}")
     if other := [row.key for row in rows if row.threat is not None and row.threat.goal != goal]:
         raise ValueError(f"`rows` must attack with the goal that is judged, but {other[0]} has another")
+
+
+def _check_source(source: Source, model: Classifier, attacked: Sequence[str]) -> None:
+    """Raise `ValueError` unless what breaks the source can be tried on the model."""
+    other = source.model
+    if other.label_kind != model.label_kind or tuple(other.classes) != tuple(model.classes):
+        raise ValueError(
+            f"the source {source.name} must have the model's classes and kind of labels, got {len(other.classes)} "
+            f"{other.label_kind} classes for {len(model.classes)} {model.label_kind} ones"
+        )
+    for m, spec in other.specs.items():
+        if model.specs.get(m) != spec:
+            raise ValueError(f"the source {source.name} reads {m} as {spec}, but the model as {model.specs.get(m)}")
+    if missing := [m for m in attacked if m not in other.specs]:
+        raise ValueError(f"the source {source.name} does not read {missing[0]}: attack {', '.join(other.specs)} only")
 
 
 @contextmanager
@@ -151,7 +189,11 @@ def as_evaluated(model: Classifier, device: torch.device) -> Iterator[None]:
 
 
 def _run(
-    judge: Judge, rows: Sequence[Condition], parts: Sequence[tuple[int, Sequence[int]]], progress: Progress
+    judge: Judge,
+    rows: Sequence[Condition],
+    parts: Sequence[tuple[int, Sequence[int]]],
+    progress: Progress,
+    spare: bool,
 ) -> None:
     """Every missing part of the ledger, and one look at what is there already."""
     ledger, columns = judge.ledger, schema(judge.reader.model.specs)
@@ -168,7 +210,8 @@ def _run(
         for row in missing:
             progress(f"attacking: {row.key}", done, total)
             began = time.perf_counter()
-            found = [line for batch in batches for line in judge.judge(row, batch)]
+            settled = ledger.settled(row.after, number) if spare else {}
+            found = judge.judge(row, batches, settled)
             if any(module.training for module in judge.reader.model.modules()):
                 _unsound(ledger, "the model put itself into train mode while it was scored")
             if _versions(judge.reader.model) != versions:
@@ -180,6 +223,30 @@ def _run(
     progress("done", done, total)
 
 
+def _learned(reader: Reader, chosen: Sequence[int], size: int, progress: Progress) -> Goal:
+    """The reader's goal, knowing what the model says of all clean clips: one pass before the run, in every process."""
+    logits, labels = [], []
+    for i in range(0, len(chosen), size):
+        progress("clean scores of all clips", i, len(chosen))
+        for batch in reader.read(chosen[i : i + size])[0]:
+            logits.append(batch.clean.logits)
+            labels.append(batch.labels)
+    if not logits:
+        return reader.goal
+    return reader.goal.learned(torch.cat(logits), torch.cat(labels))
+
+
+def _doubts(judge: Judge, rows: Sequence[Condition], chosen: Sequence[int]) -> list[Flag]:
+    """What a look at the model itself, under the first epsilon's widest threat, gives reason to doubt."""
+    threats = [row.threat for row in rows if row.threat is not None and row.level == 0]
+    batches, _ = judge.reader.read(chosen)
+    if not threats or not batches:
+        return []
+    batch = joined(batches)
+    threat = max(threats, key=lambda threat: len(threat.budgets)).given(clean=batch.clean, writable=batch.writable)
+    return probe(judge.reader.model, batch.inputs, batch.labels, threat.goal, threat, seed=judge.seed)
+
+
 def _has(judge: Judge, row: Condition, number: int, indices: Sequence[int]) -> bool:
     """Whether a part is there, and with it the examples that were asked for."""
     if not judge.ledger.has(row.key, number):
@@ -187,7 +254,8 @@ def _has(judge: Judge, row: Condition, number: int, indices: Sequence[int]) -> b
     wanted = judge.kept & {judge.reader.samples.ids[i] for i in indices}
     if not wanted:
         return True
-    usable = judge.ledger.read_part(row.key, number).query("skipped.isna()")["sample"]
+    # A clip left to another condition has its example there.
+    usable = judge.ledger.read_part(row.key, number).query("skipped.isna() and settled == ''")["sample"]
     return all(keep.has(judge.ledger.folder, row.key, name) for name in wanted & set(usable))
 
 

@@ -31,7 +31,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def schema(modalities: Iterable[str]) -> pa.Schema:
-    """The columns of a row; three of them for each modality of the model."""
+    """The columns of a row; four of them for each modality of the model."""
     columns = [
         ("sample", pa.string()),  # the clip's id
         ("condition", pa.string()),  # key of the record's `conditions`
@@ -41,15 +41,22 @@ def schema(modalities: Iterable[str]) -> pa.Schema:
         ("logits", pa.list_(pa.float32())),  # of the untouched model
         ("loss", pa.float32()),  # the goal's, larger is better for the adversary
         ("reached", pa.bool_()),  # the goal's success rule
+        (
+            "settled",
+            pa.string(),
+        ),  # key of the cheaper condition whose point this is, since it broke the clip; else empty
         ("gauge", pa.float64()),  # largest length / radius over the attacked modalities
         ("forwards", pa.int32()),  # passes of the attack itself, this clip among its batch
         ("backwards", pa.int32()),
-        ("zero_gradients", pa.float32()),  # share of backward passes whose gradient was zero
+        ("zero_gradients", pa.float32()),  # share of backward passes whose gradient was zero, in the worst modality
+        ("late_gain", pa.float64()),  # share of the gain in loss that came in the attack's last looks; null: too few
+        ("ever_reached", pa.bool_()),  # some point on the way reached the goal
+        ("reached_source", pa.bool_()),  # of a transfer attack: it fools its source; null for others
         ("rescore_gap", pa.float32()),  # largest change of a logit when the returned input was scored again
         ("violation", pa.string()),  # what the audit found, empty if nothing
     ]
     for modality in sorted(modalities):
-        columns += [(f"{name}_{modality}", pa.float64()) for name in ("max_abs", "length", "snr_db")]
+        columns += [(f"{name}_{modality}", pa.float64()) for name in ("max_abs", "length", "snr_db", "zero_gradients")]
     return pa.schema(columns)
 
 
@@ -80,6 +87,15 @@ class Ledger:
 
     def read_part(self, condition: str, part: int) -> pd.DataFrame:
         return pq.read_table(self.part(condition, part)).to_pandas()
+
+    def settled(self, conditions: Sequence[str], part: int) -> dict[str, dict[str, Any]]:
+        """Sample -> the row of the first of `conditions` that broke it, soundly."""
+        found: dict[str, dict[str, Any]] = {}
+        for condition in conditions:
+            for row in pq.read_table(self.part(condition, part)).to_pylist():
+                if row["skipped"] is None and row["reached"] and not row["violation"]:
+                    found.setdefault(row["sample"], row)
+        return found
 
     def read(self, condition: str) -> pd.DataFrame:
         """All rows of one condition, in the order of the parts."""
@@ -112,6 +128,18 @@ class Ledger:
                 f"{self.folder} cannot be trusted: {unsound.read_text(encoding='utf-8')}; delete the folder"
             )
         return record
+
+    def write_flags(self, flags: Sequence[Sequence[str]]) -> None:
+        """Keep what a look at the model gave reason to doubt."""
+        write_atomically(self.folder / "flags.json", json.dumps([list(flag) for flag in flags], indent=1).encode())
+
+    def has_flags(self) -> bool:
+        """Whether the model was looked at."""
+        return (self.folder / "flags.json").exists()
+
+    def flags(self) -> list[list[str]]:
+        """Name, sentence, advice, condition of every flag that was kept; none if the model was not looked at."""
+        return json.loads((self.folder / "flags.json").read_bytes()) if self.has_flags() else []
 
     def declare_unsound(self, reason: str) -> None:
         """Mark the whole run, so that no report is ever made of it."""

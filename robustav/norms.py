@@ -1,4 +1,8 @@
-"""Norms as rows of a table: everything an attack, a projection and an audit ask of linf, l2 and l1."""
+"""Norms as rows of a table: everything an attack, a projection and an audit ask of linf, l2 and l1.
+
+`furthest` is the step of a ball that a direction rewards most, where each coordinate has only so much room downwards and
+upwards (tensors at or above 0, infinite where nothing bounds it). A coordinate whose direction is 0 stays.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -22,6 +26,7 @@ class Norm(NamedTuple):
     steepest: Callable[[Tensor], Tensor]  # the step of length 1 that a gradient rewards most
     random: Callable[[Tensor, Draws], Tensor]  # uniform in the unit ball; shape and device of the first argument
     shared: bool  # coordinates share one budget, so a step spent on a blocked one is lost to the others
+    furthest: Callable[[Tensor, Radius, Tensor, Tensor], Tensor]  # direction, radius, room down and up -> a step
 
 
 def per_sample(value: Radius, like: Tensor) -> Radius:
@@ -127,8 +132,56 @@ def l1_random(like: Float[Tensor, " batch *shape"], draws: Draws) -> Float[Tenso
     return _draw(like, draws, sample)
 
 
+def _room(direction: Tensor, radius: Radius, down: Tensor, up: Tensor) -> Tensor:
+    """How far each coordinate may go where its direction points, the radius included."""
+    room = torch.where(direction > 0, up, down).masked_fill(direction == 0, 0)
+    return room.minimum(torch.as_tensor(per_sample(radius, direction)).to(direction))
+
+
+def linf_furthest(
+    direction: Float[Tensor, " batch *shape"], radius: Radius, down: Tensor, up: Tensor
+) -> Float[Tensor, " batch *shape"]:
+    """Every coordinate as far as radius and room let it."""
+    return direction.sign() * _room(direction, radius, down, up)
+
+
+def l2_furthest(
+    direction: Float[Tensor, " batch *shape"], radius: Radius, down: Tensor, up: Tensor
+) -> Float[Tensor, " batch *shape"]:
+    """The direction, stretched until its length is the radius, each coordinate stopping at its room."""
+    size = direction.flatten(1).abs().double()
+    size = size / size.amax(1, keepdim=True).clamp(min=TINY)
+    room = _room(direction, radius, down, up).flatten(1).double()
+    square = torch.as_tensor(radius, dtype=size.dtype, device=size.device).expand(len(size)).square()
+    stopped = size == 0
+    # Each coordinate that stops leaves more of the radius to the others, which may stop the next: never one too many.
+    while True:
+        free = size.masked_fill(stopped, 0).square().sum(1)
+        left = square - room.masked_fill(~stopped, 0).square().sum(1)
+        stretch = (left.clamp(min=0) / free.clamp(min=TINY)).sqrt()[:, None]
+        more = stopped | (size * stretch >= room)
+        if torch.equal(more, stopped):
+            break
+        stopped = more
+    step = torch.where(stopped, room, size * stretch)
+    return step.reshape(direction.shape).to(direction) * direction.sign()
+
+
+def l1_furthest(
+    direction: Float[Tensor, " batch *shape"], radius: Radius, down: Tensor, up: Tensor
+) -> Float[Tensor, " batch *shape"]:
+    """The coordinates that are rewarded most, one after the other, until the radius is spent."""
+    room = _room(direction, radius, down, up).flatten(1).double()
+    order = direction.flatten(1).abs().argsort(dim=1, descending=True, stable=True)
+    wanted = room.gather(1, order)
+    spent = wanted.cumsum(1) - wanted
+    radius = torch.as_tensor(radius, dtype=room.dtype, device=room.device).expand(len(room))[:, None]
+    step = torch.zeros_like(room).scatter(1, order, (radius - spent).clamp(min=0).minimum(wanted))
+    return step.reshape(direction.shape).to(direction) * direction.sign()
+
+
 NORMS: dict[str, Norm] = {
-    "linf": Norm(linf_length, linf_shorten, torch.sign, linf_random, shared=False),
-    "l2": Norm(l2_length, l2_shorten, l2_steepest, l2_random, shared=True),
-    "l1": Norm(l1_length, l1_shorten, l1_steepest, l1_random, shared=True),
+    "linf": Norm(linf_length, linf_shorten, torch.sign, linf_random, shared=False, furthest=linf_furthest),
+    "l2": Norm(l2_length, l2_shorten, l2_steepest, l2_random, shared=True, furthest=l2_furthest),
+    "l1": Norm(l1_length, l1_shorten, l1_steepest, l1_random, shared=True, furthest=l1_furthest),
 }

@@ -28,6 +28,8 @@ def prepare(model: Classifier, sample: Inputs) -> Classifier:
     except Exception as error:  # a user's module may hold anything, and none of it concerns the evaluation
         log.warning("the model cannot be copied (%s): attacking it as it is, without folding", error)
         return model
+    if model.stochastic:  # two passes could not be compared
+        return plain
     try:
         quick = copy.deepcopy(plain)
         fold_batch_norms(quick)

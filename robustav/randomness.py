@@ -1,7 +1,8 @@
 """Random generators derived from what is being drawn for, so that a draw depends on nothing else."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -19,3 +20,12 @@ def draw_for(seed: int, *purpose: str) -> torch.Generator:
     """One CPU generator for something that belongs to no single sample, fixed by (seed, purpose)."""
     (generator,) = draws_for(seed, [""], *purpose)
     return generator
+
+
+@contextmanager
+def seeded(seed: int, *purpose: str) -> Iterator[None]:
+    """Global generators fixed by (seed, purpose), for models that draw from them; afterwards they are as they were."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(draw_for(seed, *purpose).initial_seed() % 2**63)
+        yield

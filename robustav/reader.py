@@ -10,6 +10,9 @@ from torch import Tensor
 from robustav.classifier import Classifier, Inputs, Trace, check_modalities
 from robustav.data.samples import Sample, Samples, SkippedError
 from robustav.goals import Goal, label_set
+from robustav.randomness import seeded
+
+DRAWS = 20  # passes that a verdict on a stochastic model averages [Athalye et al., 2018, arXiv:1707.07397]
 
 
 class Batch(NamedTuple):
@@ -21,19 +24,42 @@ class Batch(NamedTuple):
     labels: Tensor
     labelled: list[bool]
     clean: Trace
-    held: dict[str, Tensor]  # features of modalities, filled in when first needed
+    held: dict[tuple[str, str], Tensor]  # features by (source, modality), filled in when first needed
 
-    def cut(self, part: slice) -> "Batch":
+    def at(self, rows: Sequence[int]) -> "Batch":
         """Some of its clips."""
         return Batch(
-            self.ids[part],
-            {m: x[part] for m, x in self.inputs.items()},
-            {m: x[part] for m, x in self.writable.items()},
-            self.labels[part],
-            self.labelled[part],
-            Trace({}, self.clean.latent[part], self.clean.logits[part]),
-            {m: x[part] for m, x in self.held.items()},
+            [self.ids[i] for i in rows],
+            {m: x[rows] for m, x in self.inputs.items()},
+            {m: x[rows] for m, x in self.writable.items()},
+            self.labels[rows],
+            [self.labelled[i] for i in rows],
+            Trace({}, self.clean.latent[rows], self.clean.logits[rows]),
+            {m: x[rows] for m, x in self.held.items()},
         )
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Several batches as one."""
+
+    def together(parts: Sequence[dict[Any, Tensor]]) -> dict[Any, Tensor]:
+        return {m: torch.cat([part[m] for part in parts]) for m in parts[0]}
+
+    if len(batches) == 1:
+        return batches[0]
+    masked = {m for b in batches for m in b.writable}
+    masks = [{m: b.writable.get(m, torch.ones_like(b.inputs[m], dtype=torch.bool)) for m in masked} for b in batches]
+    held = [b.held for b in batches] if len({frozenset(b.held) for b in batches}) == 1 else [{} for _ in batches]
+    clean = Trace({}, torch.cat([b.clean.latent for b in batches]), torch.cat([b.clean.logits for b in batches]))
+    return Batch(
+        [name for b in batches for name in b.ids],
+        together([b.inputs for b in batches]),
+        together(masks),
+        torch.cat([b.labels for b in batches]),
+        [one for b in batches for one in b.labelled],
+        clean,
+        together(held),
+    )
 
 
 @dataclass(frozen=True)
@@ -46,6 +72,7 @@ class Reader:
     batch_size: int
     device: torch.device
     strict: bool = False
+    seed: int = 0  # of models that draw at random
 
     def read(self, indices: Sequence[int]) -> tuple[list[Batch], list[dict[str, Any]]]:
         """Usable clips in batches, and a ledger row for each clip that is not."""
@@ -79,36 +106,40 @@ class Reader:
                 whole = torch.ones(specs[m].shape, dtype=torch.bool)
                 masks = [sample.signal[m].expand_as(whole) if m in sample.signal else whole for sample in group]
                 writable[m] = torch.stack(masks).to(self.device)
-        clean = self.score(inputs, ids)
+        clean = self.score(inputs, ids, "clean")
         guess = own_labels(clean.logits, self.goal)
         labels = torch.stack([g if s.labels is None else _as(s, g) for s, g in zip(group, guess, strict=True)])
         self.goal.check(labels, len(self.model.classes))
         return Batch(ids, inputs, writable, labels, [s.labels is not None for s in group], clean, {})
 
-    def score(self, inputs: Inputs, ids: Sequence[str]) -> Trace:
-        """The untouched model's word on a batch.
+    def score(self, inputs: Inputs, ids: Sequence[str], purpose: str) -> Trace:
+        """The untouched model's word on a batch: of a model declared stochastic, the mean over `DRAWS` passes.
 
-        Raises `ValueError` for scores that are not finite (naming the clip), of the wrong shape, or of a model that
+        A model that draws at random draws by (seed, purpose, clips). Raises `ValueError` for scores that are not finite (naming the clip), of the wrong shape, or of a model that
         writes into its inputs.
         """
         shapes = ", ".join(f"{m} {list(x.shape)}" for m, x in inputs.items())
         versions = {m: x._version for m, x in inputs.items()}
         try:
-            with torch.no_grad():
-                trace = self.model.trace(inputs)
+            with torch.no_grad(), seeded(self.seed, purpose, *ids):
+                traces = [self.model.trace(inputs) for _ in range(DRAWS if self.model.stochastic else 1)]
         except Exception as error:  # whatever a user's model raises, it is this batch that it could not take
             raise ValueError(f"the model failed on a batch with {shapes}: {type(error).__name__}: {error}") from error
         if written := [m for m, x in inputs.items() if x._version != versions[m]]:
             raise ValueError(f"the model writes into its inputs ({', '.join(written)}): have it work on a copy")
+        latent, logits = (
+            torch.stack(many).mean(0) if len(many) > 1 else many[0]
+            for many in zip(*[t[1:] for t in traces], strict=True)
+        )
         expected = (len(ids), len(self.model.classes))
-        if tuple(trace.logits.shape) != expected:
-            raise ValueError(f"the model must return logits {list(expected)}, got {list(trace.logits.shape)}")
-        bad = ~trace.logits.isfinite().all(1)
+        if tuple(logits.shape) != expected:
+            raise ValueError(f"the model must return logits {list(expected)}, got {list(logits.shape)}")
+        bad = ~logits.isfinite().all(1)
         if bad.any():
             raise ValueError(
                 f"the model's scores of clip {ids[int(bad.nonzero()[0])]!r} are not finite (NaN or infinite)"
             )
-        return Trace({}, trace.latent, trace.logits)
+        return Trace({}, latent, logits)
 
 
 def own_labels(logits: Tensor, goal: Goal) -> Tensor:

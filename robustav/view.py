@@ -32,10 +32,13 @@ class Tally:
         self.asked = {m: none.clone() for m in self.modalities}
         self.came = {m: none.clone() for m in self.modalities}
 
+    def zero_by_modality(self) -> dict[str, Tensor]:
+        """Share of wanted gradients that were exactly zero, or never came."""
+        return {m: (1 - self.came[m] / asked.clamp(min=1)) * (asked > 0) for m, asked in self.asked.items()}
+
     def zero_gradients(self) -> Tensor:
-        """Share of wanted gradients that were exactly zero, or never came, in the worst attacked modality."""
-        shares = [(1 - self.came[m] / asked.clamp(min=1)) * (asked > 0) for m, asked in self.asked.items()]
-        return torch.stack(shares).amax(0)
+        """The same of the worst attacked modality."""
+        return torch.stack(list(self.zero_by_modality().values())).amax(0)
 
     def hear(self, rows: Tensor, loss: Tensor, reached: Tensor) -> None:
         """One look: the loss and the verdict of the clips `rows`."""
@@ -57,6 +60,8 @@ class Tally:
 
 class AttackView(Classifier):
     """A classifier of the attacked modalities alone; the others' features were encoded once and are held.
+
+    Of a stochastic model the others are held as they are read, and encoded at every pass.
 
     Whatever passes through it is entered into `tally`. `rows` are the places of these clips in the batch of the tally.
     """
@@ -82,7 +87,8 @@ class AttackView(Classifier):
     def front_end(self, modality: str, raw: Tensor) -> Tensor:
         if raw.requires_grad:
             self._enter(self.tally.asked[modality])
-            raw.register_hook(lambda gradient: self._note_gradient(modality, gradient))
+            seen = torch.zeros_like(self.rows)  # a pass that is gone back through more than once counts once
+            raw.register_hook(lambda gradient: self._note_gradient(modality, gradient, seen))
         return self.model.front_end(modality, raw)
 
     def encode(self, modality: str, x: Tensor) -> Tensor:
@@ -91,7 +97,9 @@ class AttackView(Classifier):
     def fuse(self, features: dict[str, Tensor]) -> Tensor:
         self._enter(self.tally.forwards)
         # Copies, since a model may write into what it is given to fuse.
-        latent = self.model.fuse({**{m: x.clone() for m, x in self.held.items()}, **features})
+        held = {m: x.clone() for m, x in self.held.items()}
+        others = self.model.features(held) if self.stochastic else held
+        latent = self.model.fuse({**others, **features})
         if latent.requires_grad:  # every goal's gradient comes through here, also that of the latent itself
             latent.register_hook(lambda _: self._enter(self.tally.backwards))
         return latent
@@ -105,6 +113,7 @@ class AttackView(Classifier):
     def _enter(self, count: Tensor) -> None:
         count.index_add_(0, self.rows, torch.ones_like(self.rows))
 
-    def _note_gradient(self, modality: str, gradient: Tensor) -> None:
+    def _note_gradient(self, modality: str, gradient: Tensor, seen: Tensor) -> None:
         moved = (gradient.flatten(1).abs().amax(1) > 0).long()
-        self.tally.came[modality].index_add_(0, self.rows, moved)
+        self.tally.came[modality].index_add_(0, self.rows, moved * (1 - seen))
+        seen.clamp_(min=moved)

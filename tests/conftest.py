@@ -33,12 +33,46 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from robustav.attacks import (  # noqa: E402
+    APGD,
+    ATTACKS,
+    FAB,
+    FGSM,
+    FMN,
+    MLALP,
+    PGD,
+    Aimed,
+    Attack,
+    MomentumFGSM,
+    Noise,
+    RayS,
+    Square,
+)
 from robustav.classifier import Classifier, InputSpec, LateFusion, frames, waveform  # noqa: E402
 from robustav.data.samples import Sample  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models: two processes on two cores are faster than two threads
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CLASSES = ("bell", "clap", "kick")
+
+
+def few_steps() -> dict[str, Attack]:
+    """Every attack of the table, at a length for tiny models."""
+    made: dict[str, Attack] = {
+        "noise": Noise(),
+        "fgsm": FGSM(),
+        "pgd": PGD(6),
+        "momentum": MomentumFGSM(6),
+        "apgd": APGD(8),
+        "aimed": Aimed(APGD(6), 2),
+        "mla-lp": MLALP(3),
+        "fmn": FMN(10),
+        "fab": FAB(5, aims=2),
+        "square": Square(30),
+        "rays": RayS(40),
+    }
+    assert list(made) == list(ATTACKS), "an attack of the table is missing here"
+    return made
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

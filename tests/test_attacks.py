@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import Linear, batch_of, tiny_fusion, tiny_specs
+from conftest import Linear, batch_of, few_steps, tiny_fusion, tiny_specs
 
 from robustav import audit
-from robustav.attacks import ATTACKS, FGSM, PGD, MomentumFGSM, Noise, Restarts
+from robustav.attacks import APGD, FGSM, PGD, MomentumFGSM, Noise, RayS, Restarts, Square, trait
 from robustav.attacks.ascent import Point, climb, look
 from robustav.classifier import InputSpec
 from robustav.goals import Hide, Inject, PushLatent, Targeted, Untargeted
@@ -15,14 +15,23 @@ from robustav.randomness import draws_for
 from robustav.threat import Budget, ThreatModel
 from robustav.view import AttackView, Tally
 
-ALL = [make() for make in ATTACKS.values()] + [
+ALL = [
+    *few_steps().values(),
     Restarts(PGD(steps=3), 2),
     PGD(steps=4, relative_step={"audio": 0.5, "visual": 0.3}),
+    APGD(6, stop=True),
 ]
-GRADIENT = [attack for attack in ALL if not isinstance(attack, Noise)]
+ASCENTS = [a for a in ALL if trait(a, "knowledge", "gradients") == "gradients" and not trait(a, "survivors", False)]
 # From a random start, projected steps close in on the pole of an l2 ball by 1 / (1 + step) each: these take enough.
 CONVERGED = [FGSM(), MomentumFGSM(), PGD(40, 0.25), Restarts(PGD(40, 0.25), 2), PGD(40, {"audio": 0.3, "visual": 0.25})]
 EVERY = pytest.mark.parametrize("attack", ALL, ids=repr)
+TAKEN = [
+    (attack, norm)
+    for norm in ("linf", "l2", "l1")
+    for attack in ALL
+    if not (norm == "l1" and isinstance(attack, Square | RayS))
+]
+EVERY_AND_NORMS = pytest.mark.parametrize(("attack", "norm"), TAKEN, ids=repr)
 NORMS = pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 MODES = pytest.mark.parametrize("attacked", [("audio",), ("visual",), ("audio", "visual")], ids="+".join)
 EPSILON = {
@@ -46,8 +55,7 @@ def run(attack, model, inputs, labels, threat, names="abcdef", seed=0):
     return attack(model, inputs, labels, threat, draws=draws_for(seed, names[: len(labels)]))
 
 
-@EVERY
-@NORMS
+@EVERY_AND_NORMS
 @MODES
 def test_stays_in_budget_and_leaves_the_rest_alone(attack, norm, attacked, fusion, inputs):
     threat = threat_of(norm, attacked)
@@ -59,8 +67,7 @@ def test_stays_in_budget_and_leaves_the_rest_alone(attack, norm, attacked, fusio
         assert torch.equal(adversarial[m], inputs[m]) == (m not in attacked)
 
 
-@EVERY
-@NORMS
+@EVERY_AND_NORMS
 def test_uses_a_box_of_its_own_for_each_modality(attack, norm, fusion):
     """Inputs at the edge of their ranges, [-1, 1] and [0, 1]: V3, V4 and V14 of the defect catalogue."""
     specs = tiny_specs()
@@ -70,11 +77,12 @@ def test_uses_a_box_of_its_own_for_each_modality(attack, norm, fusion):
     }
     adversarial = run(attack, fusion, edges, LABELS, threat_of(norm))
     assert audit.violations(edges, adversarial, threat_of(norm), specs) == [""] * 6
-    assert (threat_of(norm).gauge(edges, adversarial) > 0.05).all()
+    moved = threat_of(norm).gauge(edges, adversarial) > 0.05
+    spared = trait(attack, "survivors", False) or getattr(attack, "stop", False)
+    assert moved.any() if spared else moved.all()  # a search leaves alone what is wrong already
 
 
-@EVERY
-@NORMS
+@EVERY_AND_NORMS
 def test_does_nothing_at_epsilon_zero(attack, norm, fusion, inputs):
     adversarial = run(attack, fusion, inputs, LABELS, threat_of(norm, epsilon=0.0))
     assert all(torch.equal(adversarial[m], inputs[m]) for m in inputs)
@@ -91,8 +99,7 @@ def test_leaves_the_model_and_the_global_generator_alone(attack, fusion, inputs)
     assert all(p.grad is None and p.requires_grad for p in fusion.parameters())
 
 
-@EVERY
-@NORMS
+@EVERY_AND_NORMS
 def test_does_not_depend_on_batch_mates(attack, norm, fusion, inputs):
     whole = run(attack, fusion, inputs, LABELS, threat_of(norm))
     for i in (0, 3):
@@ -251,10 +258,10 @@ def test_padding_is_never_written_to(fusion, inputs):
     writable = {"audio": torch.arange(64).expand(6, 64) < 40}
     for norm in EPSILON:
         threat = threat_of(norm).given(writable=writable)
-        for attack in ALL:
+        for attack in (attack for attack, taken in TAKEN if taken == norm):
             adversarial = run(attack, fusion, inputs, LABELS, threat)
             assert torch.equal(adversarial["audio"][:, 40:], inputs["audio"][:, 40:])
-            assert not torch.equal(adversarial["audio"], inputs["audio"])
+            assert trait(attack, "survivors", False) or not torch.equal(adversarial["audio"], inputs["audio"])
             assert audit.violations(inputs, adversarial, threat, fusion.specs, writable) == [""] * 6
 
 
@@ -277,7 +284,7 @@ def test_a_gradient_that_is_not_finite_is_an_error_that_names_the_sample(linear,
         run(FGSM(), model, x, torch.ones(6, 1), ThreatModel({"audio": Budget("linf", 0.1)}))
 
 
-@pytest.mark.parametrize("attack", GRADIENT, ids=repr)
+@pytest.mark.parametrize("attack", [a for a in ASCENTS if not getattr(a, "stop", False)], ids=repr)
 def test_a_detached_model_counts_as_zero_gradients_not_as_robust(attack, inputs):
     class Detached(Linear):
         def encode(self, modality, x):

@@ -90,7 +90,7 @@ def test_shards_make_one_run(invoke):
         (["--eps", "audio=0.1", "--model", "visual-cnn"], "but the model's modalities are ['visual']"),
         (["--data", "nowhere.csv"], "no data 'nowhere.csv': give av-events, a manifest"),
         (["--data", "av-events/trial"], "av-events has the splits train, validation, test, got 'trial'"),
-        (["--attacks", "pgd,magic"], "no attack 'magic': there are noise, fgsm, pgd, momentum"),
+        (["--attacks", "pgd,magic"], "no attack 'magic': there are noise, fgsm, pgd, momentum, apgd"),
         (
             ["--attacked", "smell"],
             "cannot attack 'smell': the model's modalities are audio, visual (together: joined by +",
@@ -170,7 +170,7 @@ def test_completion_knows_the_models_without_importing_torch():
     assert done.returncode == 0
     assert done.stdout.strip() == "['av-early', 'av-fusion', 'av-mid']"
     assert set(cli.models_by_name("")) == set(MODELS)
-    assert cli._attacks("m") == ["momentum"]
+    assert cli._attacks("m") == ["momentum", "mla-lp"]
 
 
 @pytest.fixture
@@ -187,7 +187,9 @@ def manifest(clips_folder, tmp_path):
 
 
 def test_real_clips_are_attacked_and_what_cannot_be_used_is_said(invoke, manifest):
-    code, out, err = invoke("attack", "--model", "av-fusion", "--data", manifest, "--keep", "1", "--out", "r")
+    code, out, err = invoke(
+        "attack", "--model", "av-fusion", "--suite", "quick", "--data", manifest, "--keep", "1", "--out", "r"
+    )
     assert code == 0, err
     text = " ".join(out.split())
     assert "2 of 4 clips (2 skipped)" in text
@@ -196,11 +198,11 @@ def test_real_clips_are_attacked_and_what_cannot_be_used_is_said(invoke, manifes
     assert "Label 'Whistle' (1 clip) is no class of the model" in text
     whole = json.loads(invoke("report", "r", "--json")[1])
     assert {row["sample"] for row in whole["skipped"]} == {"hammer", "empty"}
-    strongest = next(r for r in whole["rows"] if r["condition"] == "pgd" and r["attacked"] == "audio+visual")
+    strongest = next(r for r in whole["rows"] if r["condition"] == "apgd" and r["attacked"] == "audio+visual")
     assert 0 < strongest["max_abs_audio"] <= 0.01
     assert 0 < strongest["max_abs_visual"] <= 0.01
-    assert list(Path("r/kept").glob("pgd-audio+visual-0/*/audio.wav"))
-    assert len(list(Path("r/kept").glob("pgd-audio+visual-0/*/visual-*.png"))) == 4
+    assert list(Path("r/kept").glob("apgd-audio+visual-0/*/audio.wav"))
+    assert len(list(Path("r/kept").glob("apgd-audio+visual-0/*/visual-*.png"))) == 4
 
 
 def test_an_ear_alone_hears_all_three_recordings(invoke, manifest):

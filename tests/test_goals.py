@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 from robustav.classifier import Trace
 from robustav.goals import (
     GOALS,
+    CorpusAP,
     Hide,
     Inject,
     PushLatent,
+    Stealth,
+    Steered,
     Targeted,
+    TopK,
     Untargeted,
     parse_goal,
 )
@@ -159,7 +163,16 @@ def test_goals_as_people_write_them():
     assert parse_goal("hide:1", digits, "multilabel").chosen == (1,)
     comma = ("Speech", "Male speech, man speaking")
     assert parse_goal("hide:Male speech, man speaking", comma, "multilabel").chosen == (1,)
-    assert set(GOALS) == {"untargeted", "targeted", "hide", "inject", "push-latent"}
+    assert set(GOALS) == {
+        "untargeted",
+        "targeted",
+        "hide",
+        "inject",
+        "push-latent",
+        "top-k",
+        "corpus-ap",
+        "stealth",
+    }
 
 
 @pytest.mark.parametrize(
@@ -170,7 +183,7 @@ def test_goals_as_people_write_them():
         ("hide:gong", {}, "no class 'gong'; the model has bell, clap, kick"),
         ("targeted:bell,clap", {}, "takes one class, got 'bell,clap'"),
         ("untargeted:bell", {}, "takes no classes, got 'bell'"),
-        ("untargeted", {"loss": "ce"}, r"`loss_name` must be one of \['bce', 'ranking', 'top1'\], got 'ce'"),
+        ("untargeted", {"loss": "ce"}, r"`loss_name` must be one of \['bce', .*'top1'.*\], got 'ce'"),
         ("untargeted", {"success": "luck"}, "`success` must be one of .*, got 'luck'"),
         ("hide:bell", {"loss": "bce"}, "goal 'hide' has its own loss: leave 'bce' out"),
         ("untargeted", {"threshold": 1.5}, "`threshold` must be a probability between 0 and 1, got 1.5"),
@@ -191,3 +204,145 @@ def test_hiding_is_for_several_labels():
 )
 def test_every_goal_says_what_success_is(goal):
     assert "success" in goal.words(NAMES) or "predicted" in goal.words(NAMES)
+
+
+def batch_of_scores(batch=40, classes=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, classes, generator=generator)
+    return logits, (torch.rand(batch, classes, generator=generator) < 0.4).float()
+
+
+def test_out_of_the_top_k():
+    logits = torch.tensor([[3.0, 2, 1, 0]])
+    for k, label, expected in ((1, 0, False), (1, 1, True), (2, 1, False), (2, 2, True), (3, 3, True)):
+        hot = torch.nn.functional.one_hot(torch.tensor([label]), 4).float()
+        assert TopK(k=k).reached(trace(logits), hot).item() is expected
+        assert TopK("multiclass", k=k).reached(trace(logits), torch.tensor([label])).item() is expected
+    logits, labels = batch_of_scores()
+    untied = Untargeted().reached(trace(logits), labels)
+    assert torch.equal(TopK(k=1).reached(trace(logits), labels), untied)
+    lost = [TopK(k=k).reached(trace(logits), labels) for k in (1, 2, 3)]
+    assert (lost[0] | ~lost[1]).all() and (lost[1] | ~lost[2]).all(), "out of the top 3 is out of the top 2"
+
+
+def test_k_lies_below_the_number_of_classes():
+    with pytest.raises(ValueError, match="`k` must be at least 1, got 0"):
+        TopK(k=0)
+    with pytest.raises(ValueError, match="`k` must be below the model's 3 classes, got 3"):
+        TopK(k=3).check_model(3, "multilabel")
+    TopK(k=2).check_model(3, "multilabel")
+
+
+def test_the_corpus_is_learnt_once_and_is_no_setting():
+    logits, labels = batch_of_scores()
+    goal = CorpusAP(temperature=0.5)
+    assert goal.needs_corpus and not any(g.needs_corpus for g in (Untargeted(), Hide(chosen=(0,)), TopK()))
+    with pytest.raises(ValueError, match=r"call `goal.learned\(logits, labels\)` of all clips first"):
+        goal.loss(trace(logits), labels)
+    learned = goal.learned(logits, labels)
+    assert learned.settings() == goal.settings() and "corpus" not in goal.settings()
+    assert learned == goal and repr(learned) == repr(goal)
+    whole = learned.loss(trace(logits), labels)
+    rows = torch.tensor([7, 3, 3])
+    part = learned.given(trace(logits)).at(rows)
+    torch.testing.assert_close(part.loss(trace(logits[rows]), labels[rows]), whole[rows])
+    assert torch.equal(goal.reached(trace(logits), labels), Untargeted().reached(trace(logits), labels))
+    assert Untargeted().learned(logits, labels) == Untargeted()
+
+
+def test_a_steered_goal_learns_for_the_goal_it_pursues():
+    logits, labels = batch_of_scores()
+    steered = Steered(goal=CorpusAP())
+    assert steered.needs_corpus and not Steered().needs_corpus
+    assert steered.learned(logits, labels).goal.corpus is not None
+
+
+def test_stealth_hides_and_changes_nothing_else():
+    clean = torch.tensor([[2.0, -1, 1]] * 4)
+    now = torch.tensor([[2.0, -1, 1], [-1, -1, 1], [-1, 1, 1], [-1, -2, 5]])
+    labels = torch.ones(4, 3)
+    goal = Stealth(chosen=(0,)).given(trace(clean))
+    assert goal.reached(trace(now), labels).tolist() == [False, True, False, True]
+    assert Hide(chosen=(0,)).reached(trace(now), labels).tolist() == [False, True, True, True]
+    loss = goal.loss(trace(now), labels)
+    assert loss.argmax().item() == 1, "hidden, and nothing else moved"
+    assert goal.at(torch.tensor([2, 1])).reached(trace(now[[2, 1]]), labels[:2]).tolist() == [False, True]
+    for question in (Stealth(chosen=(0,)).loss, Stealth(chosen=(0,)).reached):
+        with pytest.raises(ValueError, match="stealth compares with the clean scores"):
+            question(trace(now), labels)
+    with pytest.raises(ValueError, match="`weight` must be a finite number at or above 0, got -1"):
+        Stealth(chosen=(0,), weight=-1)
+
+
+def test_each_clips_own_labels_may_be_hidden():
+    logits = torch.tensor([[-1.0, 2, 2], [2, -1, -1], [2, 2, 2]])
+    labels = torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 0, 0]])
+    assert Hide(chosen="labels").reached(trace(logits), labels).tolist() == [True, True, True]
+    assert Hide(chosen="labels").reached(trace(-logits), labels).tolist() == [False, False, True]
+    x = logits.clone().requires_grad_()
+    Hide(chosen="labels").loss(trace(x), labels).sum().backward()
+    assert torch.equal(x.grad < 0, labels > 0)
+    for row, classes in enumerate(((0,), (1, 2))):
+        one = slice(row, row + 1)
+        chosen = Hide(chosen=classes).loss(trace(logits[one]), labels[one])
+        torch.testing.assert_close(Hide(chosen="labels").loss(trace(logits[one]), labels[one]), chosen)
+    goal = Stealth(chosen="labels").given(trace(-logits))
+    assert goal.reached(trace(logits), labels).tolist() == [False, False, False]
+    assert goal.reached(trace(torch.tensor([[-1.0, -2, -2], [-2, -1, -1], [-2, -2, -2]])), labels).all()
+    with pytest.raises(ValueError, match="`chosen` must be class indices, or 'labels' for each clip's own, got 'mine'"):
+        Hide(chosen="mine")
+
+
+@pytest.mark.parametrize("goal", [Hide, Inject, Stealth])
+def test_chosen_classes_lie_among_the_models(goal):
+    with pytest.raises(ValueError, match=r"`chosen` must lie in 0..2, got \(1, 3\)"):
+        goal(chosen=(1, 3)).check_model(3, "multilabel")
+    with pytest.raises(ValueError, match="`chosen` must name at least one class index"):
+        goal()
+
+
+def test_new_goals_as_people_write_them():
+    assert parse_goal("top-k:2", NAMES, "multilabel") == TopK(k=2)
+    assert parse_goal("top-k:1", NAMES, "multiclass") == TopK("multiclass", k=1)
+    assert parse_goal("corpus-ap", NAMES, "multilabel", success="label-set") == CorpusAP(success="label-set")
+    assert parse_goal("stealth:bell,kick", NAMES, "multilabel").chosen == (0, 2)
+    assert parse_goal("stealth:labels", NAMES, "multilabel") == Stealth(chosen="labels")
+    assert parse_goal("hide:labels", NAMES, "multilabel") == Hide(chosen="labels")
+    assert parse_goal("hide:labels", ("labels", "others"), "multilabel").chosen == (0,), "a class of that name is meant"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "settings", "message"),
+    [
+        ("top-k", "multilabel", {}, "goal 'top-k' needs a number from 1 to 2, .* as in 'top-k:1', got ''"),
+        ("top-k:3", "multilabel", {}, "needs a number from 1 to 2, below the number of classes, .* got '3'"),
+        ("top-k:0", "multilabel", {}, "needs a number from 1 to 2, .* got '0'"),
+        ("top-k:bell", "multilabel", {}, "needs a number from 1 to 2, .* got 'bell'"),
+        ("top-k:2", "multilabel", {"success": "top1"}, "goal 'top-k' has its own success: leave 'top1' out"),
+        ("corpus-ap:bell", "multilabel", {}, "goal 'corpus-ap' takes no classes, got 'bell'"),
+        ("corpus-ap", "multilabel", {"success": "luck"}, "`success` must be one of .*, got 'luck'"),
+        ("corpus-ap", "multilabel", {"loss": "bce"}, "goal 'corpus-ap' has its own loss: leave 'bce' out"),
+        ("corpus-ap", "multiclass", {}, "CorpusAP needs a multilabel model"),
+        ("stealth", "multilabel", {}, "goal 'stealth' needs a class, as in 'stealth:bell'"),
+        ("stealth:bell", "multiclass", {}, "Stealth needs a multilabel model"),
+        ("inject:labels", "multilabel", {}, "goal 'inject': no class 'labels'"),
+    ],
+)
+def test_new_goals_that_are_none(text, kind, settings, message):
+    with pytest.raises(ValueError, match=message):
+        parse_goal(text, NAMES, kind, **settings)
+
+
+def test_temperatures_are_above_zero():
+    with pytest.raises(ValueError, match="`temperature` must be a finite number above 0, got 0"):
+        CorpusAP(temperature=0)
+
+
+@pytest.mark.parametrize(
+    "goal", [TopK(k=2), CorpusAP(), Stealth(chosen=(0, 2)), Stealth(chosen="labels"), Hide(chosen="labels")], ids=repr
+)
+def test_every_new_goal_says_what_success_is(goal):
+    words = goal.words(NAMES)
+    assert "success: " in words
+    assert ("own labels" in words) == (getattr(goal, "chosen", None) == "labels")
+    assert goal.settings()["goal"] == type(goal).__name__

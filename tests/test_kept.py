@@ -27,7 +27,7 @@ def run(out, kept=4, samples=None, attacks=ATTACKS, eps=("0.01", "0.05"), attack
     goal = Untargeted(label_kind=kind)
     rows = conditions(attacks, parse_epsilons(list(eps), tiny_specs()), goal, attacked)
     samples = samples or TinySamples(10, kind)
-    return evaluate(tiny_fusion(kind), samples, rows, goal, out, settings=Settings(device="cpu", keep=kept))
+    return evaluate(tiny_fusion(kind), samples, rows, goal, out, settings=Settings(device="cpu", keep=kept, probed=0))
 
 
 @pytest.fixture(scope="module")

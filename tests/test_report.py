@@ -3,15 +3,16 @@
 import csv as csv_module
 import io
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CLASSES, TinySamples, tiny_fusion, tiny_specs
+from conftest import CLASSES, Linear, TinySamples, tiny_fusion, tiny_specs
 from rich.console import Console
 from sklearn.metrics import average_precision_score, roc_auc_score
-from test_harness import Cheat, Mates, rows_for, run
+from test_harness import GOAL, Cheat, Mates, rows_for, run
 from torch import nn
 
 from robustav.attacks import FGSM, PGD, Noise
@@ -19,8 +20,10 @@ from robustav.classifier import Wrapped
 from robustav.goals import Untargeted
 from robustav.ledger import Ledger
 from robustav.metrics.intervals import wilson
+from robustav.plan import conditions
 from robustav.report import FORMATS, build, print_terminal, worst_case
 from robustav.report.figures import draw
+from robustav.threat import parse_epsilons
 
 ATTACKED = {"noise": Noise(), "fgsm": FGSM(), "pgd": PGD(steps=5)}
 
@@ -185,7 +188,7 @@ def test_a_row_that_fails_the_audit_is_no_number(tmp_path):
         for note in cheated.notes
     )
     row = next(line for line in FORMATS["md"](cheated).splitlines() if line.startswith("| cheat"))
-    assert row.count("not valid") == 6
+    assert row.count("not valid") == 8
     rows = json.loads(FORMATS["json"](cheated))["rows"]
     assert [r["mAP"] is None for r in rows] == [False, False, True, True]
     assert [r["valid"] for r in rows] == [True, True, False, False], (
@@ -196,8 +199,11 @@ def test_a_row_that_fails_the_audit_is_no_number(tmp_path):
 def test_an_attack_weaker_than_noise_is_pointed_out(tmp_path):
     """C.6: same-budget noise is the control that every attack must beat."""
     rows = rows_for({"noise": Noise(), "pgd": PGD(steps=1, relative_step=1e-6, random_start=False)}, eps=["2.0"])
-    notes = build([run(tmp_path, samples=TinySamples(30), rows=rows)]).notes
-    assert any("WARNING: pgd on audio+visual succeeds less often than random noise" in note for note in notes)
+    report = build([run(tmp_path, samples=TinySamples(30), rows=rows)])
+    found = report.flags[report.flags["name"] == "NOISE-WINS"]
+    assert "pgd-audio+visual-0" in set(found["condition"])
+    assert "FLAG NOISE-WINS: " in FORMATS["md"](report)
+    assert "NOISE-WINS" in {flag["name"] for flag in json.loads(FORMATS["json"](report))["flags"]}
 
 
 def test_skipped_and_unlabelled_clips_are_reported(tmp_path):
@@ -269,8 +275,9 @@ def test_probabilities_in_place_of_logits_are_pointed_out(tmp_path):
     model = tiny_fusion()
     head = model.head
     model.head = nn.Sequential(head, nn.Sigmoid())
-    notes = build([run(tmp_path, model, TinySamples(30), rows_for({"fgsm": FGSM()}))]).notes
-    assert any("WARNING: every clean score lies between 0 and 1" in note for note in notes)
+    ledger = run(tmp_path, model, TinySamples(30), rows_for({"fgsm": FGSM()}), probed=16)
+    assert "PROBABILITIES" in set(build([ledger]).flags["name"])
+    assert "PROBABILITIES" in {flag[0] for flag in json.loads((tmp_path / "flags.json").read_text())}
 
 
 def test_a_ranking_loss_under_a_top1_rule_is_pointed_out(tmp_path):
@@ -282,8 +289,9 @@ def test_a_ranking_loss_under_a_top1_rule_is_pointed_out(tmp_path):
 def test_a_blind_attack_is_pointed_out(tmp_path):
     model = tiny_fusion()
     model.encoders["audio"].register_forward_hook(lambda module, given, out: out.detach())
-    notes = build([run(tmp_path, model, rows=rows_for({"fgsm": FGSM()}))]).notes
-    assert any("100.0% of the gradients of fgsm on audio were exactly zero" in note for note in notes)
+    flags = build([run(tmp_path, model, rows=rows_for({"fgsm": FGSM()}))]).flags
+    blind = flags[(flags["name"] == "ZERO-GRAD") & (flags["condition"] == "fgsm-audio-0")]
+    assert "100 % of its gradients by audio were exactly zero" in blind["sentence"].item()
 
 
 def test_clips_of_no_class_have_no_hit_to_lose(tmp_path):
@@ -328,3 +336,35 @@ def test_figures_are_drawn_for_curves_dots_and_examples(ledger, report, tmp_path
     assert len(draw(build([falling]), [falling], tmp_path / "curves")) == 2
     assert all(file.stat().st_size > 5000 for file in files)
     assert tiny_specs().keys() == {"audio", "visual"}
+
+
+def test_what_hides_labels_shows_in_the_hide_rate_and_not_in_map(tmp_path):
+    """All scores of a class sink together: ranks stay, and a detector is silent."""
+
+    @dataclass(frozen=True)
+    class Quiet:
+        def __call__(self, model, inputs, labels, threat, *, draws):
+            return threat.project(inputs, {m: x - 0.5 for m, x in inputs.items()})
+
+    specs = {"audio": tiny_specs()["audio"]}
+
+    class Louder(Linear):
+        def encode(self, modality, x):
+            return x.mean(1, keepdim=True) * 10 + torch.tensor([0.0, 1.0, 2.0])
+
+    class Ramp(TinySamples):
+        def load(self, index):
+            sample = super().load(index)
+            level = torch.full((64,), 0.02 * index - 0.2)
+            return sample._replace(inputs={"audio": level}, labels=(torch.arange(3) < index / 10).float())
+
+    model = Louder(specs, 3)
+    model.classes = CLASSES
+    rows = conditions({"quiet": Quiet()}, parse_epsilons(["0.3"], specs), GOAL)
+    report = build([run(tmp_path, model, Ramp(30), rows)])
+    before, after = one(report, "clean"), one(report, "quiet", "audio", 0)
+    assert after["mAP"] == pytest.approx(before["mAP"])
+    assert after["hidden"] > 0.3
+    assert after["hidden_low"] <= after["hidden"] <= after["hidden_high"]
+    assert after["LRAP"] == pytest.approx(before["LRAP"])
+    assert pd.isna(before["hidden"])

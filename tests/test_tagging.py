@@ -7,12 +7,15 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from safetensors.numpy import load_file
 from scipy.stats import norm
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, f1_score, label_ranking_average_precision_score, roc_auc_score
 
 from robustav.metrics.tagging import (
     MacroMean,
     average_precision,
     d_prime,
+    f1_thresholds,
+    hide_rate,
+    label_ranking_average_precision,
     macro_mean,
     mean_average_precision,
     mean_roc_auc,
@@ -197,3 +200,71 @@ def test_inputs_are_not_written_to():
     mean_average_precision(scores, labels), mean_roc_auc(scores, labels), top1_hit(scores, labels)
     np.testing.assert_array_equal(scores, before[0])
     np.testing.assert_array_equal(labels, before[1])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([None, 1, 0]), st.sampled_from([np.bool_, np.int64, np.float32]))
+def test_label_ranks_equal_scikit_learn_where_there_are_labels(seed, decimals, kind):
+    scores, labels = simulated(30, 4, decimals, seed)
+    values = label_ranking_average_precision(scores, labels.astype(kind))
+    labelled = labels.any(axis=1)
+    assert np.isnan(values[~labelled]).all()
+    theirs = label_ranking_average_precision_score(labels[labelled].astype(int), scores[labelled])
+    assert values[labelled].mean() == pytest.approx(theirs, abs=1e-12)
+
+
+def test_label_ranks_by_hand():
+    scores = np.array([[3.0, 2, 1], [3, 2, 1], [1, 1, 1], [3, 2, 1]])
+    labels = np.array([[0, 0, 1], [1, 0, 1], [0, 1, 0], [1, 1, 1]])
+    np.testing.assert_allclose(label_ranking_average_precision(scores, labels), [1 / 3, (1 + 2 / 3) / 2, 1 / 3, 1])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([None, 1, 0]))
+def test_no_threshold_beats_the_f1_thresholds(seed, decimals):
+    scores, labels = simulated(30, 3, decimals, seed)
+    for column, threshold in enumerate(f1_thresholds(scores, labels)):
+        truth, level = labels[:, column], scores[:, column]
+        if not truth.any():
+            assert threshold == np.inf
+            continue
+        tried = [f1_score(truth, level >= cut) for cut in np.unique(level)]
+        assert f1_score(truth, level >= threshold) == pytest.approx(max(tried), abs=1e-12)
+        highest = np.unique(level)[np.flatnonzero(np.isclose(tried, max(tried)))[-1]]
+        assert threshold <= highest and not ((level < highest) & (level >= threshold)).any()
+
+
+def test_f1_thresholds_between_neighbours_that_have_no_number_between_them():
+    low = np.float64(1.0)
+    high = np.nextafter(low, 2)
+    assert f1_thresholds(np.array([[high], [low]]), np.array([[1], [0]]))[0] == high
+
+
+def test_what_was_hidden_is_counted_among_what_was_detected():
+    scores, labels = simulated(300, 6)
+    thresholds = f1_thresholds(scores, labels)
+    detected = int((labels & (scores >= thresholds)).sum())
+    assert hide_rate(scores, scores, labels, thresholds) == (0, 0, detected)
+    assert hide_rate(scores, scores - 100, labels, thresholds) == (1, detected, detected)
+    raised = hide_rate(scores, scores + 100, labels, thresholds)
+    assert raised == (0, 0, detected), "labels that were missed before count neither way"
+    value, hidden, count = hide_rate(scores, np.full_like(scores, -9), labels, np.full(6, np.inf))
+    assert np.isnan(value) and (hidden, count) == (0, 0)
+
+
+def test_average_precision_is_blind_to_what_hiding_finds():
+    """Every clip of a class sinks by as much: no ranking changes, and no detector fires any more."""
+    scores, labels = simulated(300, 6)
+    sunk = scores - 50.0
+    np.testing.assert_allclose(average_precision(sunk, labels), average_precision(scores, labels))
+    assert hide_rate(scores, sunk, labels, f1_thresholds(scores, labels)).value == 1
+
+
+def test_hiding_needs_a_threshold_for_every_class():
+    scores, labels = simulated()
+    with pytest.raises((ValueError, TypeCheckError), match="thresholds"):
+        hide_rate(scores, scores, labels, np.zeros(3))
+    with pytest.raises(ValueError, match=r"a number to each of 5 classes, got \[5\] with 1 nan"):
+        hide_rate(scores, scores, labels, np.array([0.0, np.nan, 0, 0, 0]))
+    with pytest.raises(ValueError, match="`scores` must be finite"):
+        hide_rate(scores, np.full_like(scores, np.nan), labels, np.zeros(5))

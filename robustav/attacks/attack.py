@@ -1,6 +1,6 @@
 """What an attack is: frozen settings and one call."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -15,8 +15,19 @@ class Attack(Protocol):
 
     `draws` holds one generator a sample (see `robustav.randomness`), the only randomness an attack may use. The
     harness batches, freezes, counts, audits and judges; an attack that cannot handle a norm raises `ValueError`.
+
+    A class may say more of itself by class attributes: `knowledge` (what it sees of the model: "gradients" unless told,
+    "scores", "labels", "universal", or "nothing" for a control), `survivors` (it looks for one success, so clips that a
+    cheaper attack broke are not given to it), `roams` (its iterates leave the budget, what it returns does not). A field
+    `stop` has it leave a clip alone from its first success on.
     """
 
     def __call__(
         self, model: Classifier, inputs: Inputs, labels: Tensor, threat: ThreatModel, *, draws: Draws
     ) -> Inputs: ...
+
+
+def trait(attack: object, name: str, default: Any) -> Any:
+    """What an attack's class says of itself, or that of the attack inside it; `default` where neither says anything."""
+    inner = getattr(attack, "attack", None)
+    return getattr(attack, name) if hasattr(attack, name) else default if inner is None else trait(inner, name, default)

@@ -1,6 +1,7 @@
 """Random noise: the control that every attack must beat."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ class Noise:
 
     In linf that is the full epsilon with random signs, in l2 white noise of the full length.
     """
+
+    knowledge: ClassVar[str] = "nothing"
 
     def __call__(
         self, model: Classifier, inputs: Inputs, labels: Tensor, threat: ThreatModel, *, draws: Draws

@@ -5,6 +5,7 @@ Everything heavy is imported inside a command: help and tab completion must not 
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,20 +14,26 @@ import typer
 from rich.console import Console
 
 from robustav import __version__
+from robustav.cli.audit import audit
 from robustav.cli.metrics import metrics
 from robustav.cli.progress import Bars
-from robustav.cli.shared import ERRORS, Format, Json, chosen_format, models_by_name
+from robustav.cli.selftest import selftest
+from robustav.cli.shared import ERRORS, FAILED_AUDIT, Format, Json, chosen_format, models_by_name
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
-FAILED_AUDIT, BAD_INPUT, INTERRUPTED = 1, 2, 130
+BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def _attacks(incomplete: str) -> list[str]:
     from robustav.attacks import ATTACKS
 
-    return [name for name in ATTACKS if name.startswith(incomplete)]
+    return [name for name in [*ATTACKS, "universal", "torchattacks:", "art:"] if name.startswith(incomplete)]
+
+
+def _suites(incomplete: str) -> list[str]:
+    return [name for name in ("quick", "standard", "thorough") if name.startswith(incomplete)]
 
 
 Figures = Annotated[bool, typer.Option("--figures", help="Also draw figures, into the run's folder.")]
@@ -76,33 +83,79 @@ def attack(
     checkpoint: Annotated[Path | None, typer.Option(help="Weights to load into the model.")] = None,
     trust_pickle: Annotated[bool, typer.Option(help="Unpickle the checkpoint. This runs code that is in it.")] = False,
     norm: Annotated[str | None, typer.Option(help="linf (default), l2 or l1. An SNR is always l2.")] = None,
+    suite: Annotated[
+        str,
+        typer.Option(
+            autocompletion=_suites,
+            help="quick (is there anything to defend?), standard, or thorough (what a claim of robustness needs).",
+        ),
+    ] = "standard",
     attacks: Annotated[
         str | None,
-        typer.Option(autocompletion=_attacks, help="Comma-separated; default: all of noise,fgsm,pgd,momentum."),
+        typer.Option(
+            "--attacks",
+            "--attack",
+            autocompletion=_attacks,
+            help="In place of a suite, comma-separated: noise, fgsm, pgd, momentum, apgd, aimed, fmn, fab, mla-lp, square, "
+            "rays, universal, torchattacks:NAME, art:NAME.",
+        ),
     ] = None,
     attacked: Annotated[
         list[str] | None,
         typer.Option(help="Modalities to attack: audio, visual, or both. Again for more; default: each, and both."),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of iterative attacks. Default: pgd 20, momentum 10.")
+        int | None, typer.Option(min=1, help="Steps of iterative attacks; each attack and suite has its own default.")
     ] = None,
-    restarts: Annotated[int, typer.Option(min=1, help="Random restarts of pgd; the best is kept for each clip.")] = 1,
+    restarts: Annotated[
+        int, typer.Option(min=1, help="Random restarts of pgd and apgd; the best is kept for each clip.")
+    ] = 1,
+    eot: Annotated[
+        int | None,
+        typer.Option(min=1, help="Passes that attacks average, for random models. Default: 20 if declared so, else 1."),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=models_by_name, help="A second model: what breaks it is tried on this one (transfer)."
+        ),
+    ] = None,
+    source_checkpoint: Annotated[Path | None, typer.Option(help="Weights to load into the second model.")] = None,
+    learn_on: Annotated[
+        str | None, typer.Option(help="Clips to learn a universal perturbation on. Default: av-events/train.")
+    ] = None,
+    smallest: Annotated[
+        bool, typer.Option("--smallest", help="Also find the smallest budget that breaks each clip: the whole curve.")
+    ] = False,
     goal: Annotated[
-        str, typer.Option(help="untargeted, targeted:CLASS, hide:CLASS,CLASS, inject:CLASS,CLASS, or push-latent.")
+        str,
+        typer.Option(
+            help="untargeted, targeted:CLASS, hide:CLASS,CLASS, inject:CLASS,CLASS, stealth:CLASS,CLASS (hide, and leave "
+            "the rest alone), top-k:K, corpus-ap, or push-latent."
+        ),
     ] = "untargeted",
     loss: Annotated[
-        str | None, typer.Option(help="What to climb: bce, ranking or top1 (multi-label), ce or margin (multi-class).")
+        str | None,
+        typer.Option(
+            help="What to climb: bce, ranking, top1, hinges, ml-dlr, top1-dlr (multi-label); ce, margin, dlr (multi-class)."
+        ),
     ] = None,
     success: Annotated[
         str | None, typer.Option(help="When an untargeted attack has won: top1 (default), label-set or misclassified.")
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            help="What the run is for: mAP (every attack on every clip), or hits (clips that are broken are left alone, up "
+            "to five times faster). Default: mAP of multi-label models, hits of others."
+        ),
     ] = None,
     threshold: Annotated[
         float, typer.Option(help="Probability at which a class counts as predicted (multi-label).")
     ] = 0.5,
     limit: Annotated[
         int | None,
-        typer.Option(min=0, help="Clips to attack, drawn by seed; 0: all. Default: 300 of av-events, else all."),
+        typer.Option(min=0, help="Clips to attack, drawn by seed; 0: all. Default: 100 of av-events, else all."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of every random draw; global generators are never touched.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
@@ -127,7 +180,6 @@ def attack(
     """Attack a classifier and print a robustness report table."""
     chosen = chosen_format(format_, json)
     settings: dict[str, Any] = {"shard": _pair(shard), "batch_size": _whole_or_auto(batch_size)}
-    from robustav.attacks import ATTACKS
     from robustav.evaluation import Evaluation
     from robustav.harness import Settings
 
@@ -138,10 +190,17 @@ def attack(
         checkpoint=checkpoint,
         trust_pickle=trust_pickle,
         norm=norm,
-        attacks=[name.strip() for name in attacks.split(",")] if attacks is not None else list(ATTACKS),
+        suite=suite,
+        attacks=_split(attacks) or [""] if attacks is not None else [],
         attacked=attacked or [],
         steps=steps,
         restarts=restarts,
+        eot=eot,
+        smallest=smallest,
+        source=source,
+        source_checkpoint=source_checkpoint,
+        learn_on=learn_on,
+        score=score,  # type: ignore[arg-type]  # checked there
         goal=goal,
         loss=loss,
         success=success,
@@ -215,6 +274,8 @@ def data(
 
 
 app.command()(metrics)
+app.command()(audit)
+app.command()(selftest)
 
 
 def _print_report(folders: list[Path], chosen: str | None, figures: bool) -> None:
@@ -239,6 +300,11 @@ def _print_report(folders: list[Path], chosen: str | None, figures: bool) -> Non
         raise typer.Exit(FAILED_AUDIT)
     if made.table.empty:
         raise ValueError("no clip could be used: the reasons are in the table of skipped clips")
+
+
+def _split(text: str) -> list[str]:
+    """Names apart at commas, but not at those within brackets, as in `torchattacks:PGD(steps=5,alpha=0.1)`."""
+    return [part.strip() for part in re.split(r",(?![^()]*\))", text) if part.strip()]
 
 
 def _pair(text: str) -> tuple[int, int]:

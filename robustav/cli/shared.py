@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 ERRORS = Console(stderr=True)
+FAILED_AUDIT = 1  # exit code
 Format = Annotated[
     str | None, typer.Option("--format", help="Print md, tex, csv or json instead of the table for the terminal.")
 ]

@@ -11,7 +11,7 @@ from robustav.data.samples import Progress, Samples
 DATA: dict[str, str] = {
     "av-events": "synthetic audio-visual scenes, 10 classes, multi-label; generated on first use, no download",
 }
-QUICK_LOOK = 300  # clips of av-events unless a limit is given: half-width of a Wilson interval at most 5.7 points
+QUICK_LOOK = 100  # clips of av-events unless a limit is given: half-width of a Wilson interval at most 9.6 points
 
 
 def load_samples(source: str | None, model: Classifier, progress: Progress | None = None) -> tuple[Samples, int | None]:

@@ -28,7 +28,7 @@ from robustav.geometry.targets import (
 )
 from robustav.ledger import Ledger, digest_of_model
 from robustav.metrics.intervals import bootstrap_weights
-from robustav.plan import CLEAN
+from robustav.plan import CLEAN, is_attack
 from robustav.randomness import draws_for
 from robustav.report.table import usable
 
@@ -139,9 +139,8 @@ def _baselines(
             first.append(first_order_margins(view.model, batch.inputs, labels, here, threshold))
             for multiple, kept in noisy_logits.items():
                 draws = draws_for(view.survey.seed, batch.ids, "noise", str(multiple))
-                kept.append(
-                    view.reader.score(noisy(batch.inputs, here, multiple, draws), batch.ids).logits.float().cpu()
-                )
+                moved = noisy(batch.inputs, here, multiple, draws)
+                kept.append(view.reader.score(moved, batch.ids, f"noise {multiple}").logits.float().cpu())
     progress("margins and noise", len(view.chosen), len(view.chosen))
 
     def mean(metric: str, values: Tensor, setting: str = "") -> Measure:
@@ -180,7 +179,7 @@ def _baselines(
 
 def _widest(conditions: Mapping[str, Mapping[str, Any]], ledger: Ledger) -> str:
     """The attacked set with the most modalities."""
-    sets = ["+".join(d["attacked"]) for d in conditions.values() if d["attacked"] and d["name"] != "noise"]
+    sets = ["+".join(d["attacked"]) for d in conditions.values() if is_attack(d)]
     if not sets:
         raise ValueError(f"{ledger.folder} attacks nothing (noise is no attack): run robustav attack with pgd first")
     return max(sets, key=lambda text: text.count("+"))

@@ -7,7 +7,7 @@ from robustav.classifier import LabelKind
 from robustav.data.samples import Sample, Samples
 from robustav.geometry.targets import size_of_budgets
 from robustav.ledger import Ledger, digest_of
-from robustav.plan import CLEAN
+from robustav.plan import CLEAN, is_attack
 
 
 class KeptSamples:
@@ -23,7 +23,7 @@ class KeptSamples:
             raise ValueError(f"{ledger.folder} attacked other data than {clean.name}: survey the run's own with --data")
         rows = ledger.read(CLEAN.key)
         usable = list(rows.loc[rows["skipped"].isna(), "sample"])
-        attacks = {key: d for key, d in identity["conditions"].items() if d["attacked"] and d["name"] != "noise"}
+        attacks = {key: d for key, d in identity["conditions"].items() if is_attack(d)}
         kept = {key: [name for name in usable if keep.has(ledger.folder, key, name)] for key in attacks}
         ranked = [key for key in attacks if kept[key]]
         if not ranked:

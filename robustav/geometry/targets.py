@@ -16,9 +16,9 @@ from robustav.metrics.intervals import resample_classes
 from robustav.metrics.segments import class_margins
 from robustav.metrics.tagging import average_precision
 from robustav.norms import Draws
-from robustav.plan import CLEAN
+from robustav.plan import CLEAN, is_attack, recorded_budgets
 from robustav.report.table import usable, worst_case
-from robustav.threat import Budget, parse_budget
+from robustav.threat import Budget
 
 Logits = Float[np.ndarray, "sample class"]
 Labels = Bool[np.ndarray, "sample class"]
@@ -124,17 +124,19 @@ def measured(ledger: Ledger, attacked: str, target: str, weights: Weights, thres
     for row, classes in enumerate(clean["labels"]):
         labels[row, np.asarray(classes, dtype=int)] = True
     untouched = np.stack(clean["logits"].to_list())
-    conditions: Mapping[str, dict[str, object]] = identity["conditions"]
-    rows = {
-        key: d
-        for key, d in conditions.items()
-        if d["attacked"] and d["name"] != "noise" and set(d["attacked"]) <= set(attacked.split("+"))  # type: ignore[call-overload]
-    }
-    levels = sorted({d["level"] for d in rows.values() if "+".join(d["attacked"]) == attacked})  # type: ignore[type-var, arg-type]
+    conditions: Mapping[str, dict[str, Any]] = identity["conditions"]
+    rows = {key: d for key, d in conditions.items() if is_attack(d) and set(d["attacked"]) <= set(attacked.split("+"))}
+    levels = sorted({d["level"] for d in rows.values() if "+".join(d["attacked"]) == attacked})
     if not levels:
-        sets = sorted({"+".join(d["attacked"]) for d in conditions.values() if d["attacked"] and d["name"] != "noise"})  # type: ignore[arg-type]
+        sets = sorted({"+".join(d["attacked"]) for d in conditions.values() if is_attack(d)})
         raise ValueError(
             f"{ledger.folder} has no attack (noise is none) on {attacked!r}; it has {', '.join(sets) or 'none at all'}"
+        )
+
+    if target == "ap" and all(d["after"] for d in rows.values()):
+        raise ValueError(
+            f"{ledger.folder} was run for hits and spared clips that were broken: average precision needs every clip "
+            "attacked, so run it again with --score mAP, or choose the target 'kept'"
         )
 
     def scored(logits: Logits) -> Scored:
@@ -176,10 +178,7 @@ def budgets_of(ledger: Ledger, attacked: str, model: Classifier) -> dict[str, Bu
     """The largest budget that a run gave each modality of `attacked`."""
     conditions = ledger.record()["identity"]["conditions"].values()
     level = max((d for d in conditions if "+".join(d["attacked"]) == attacked), key=size_of_budgets)
-    return {
-        m: parse_budget(str(level["radii"][m]), model.specs[m], level["budgets"][m].partition(",")[0])
-        for m in level["attacked"]
-    }
+    return recorded_budgets(level, model.specs)
 
 
 def size_of_budgets(condition: Mapping[str, Any]) -> float:

@@ -1,4 +1,5 @@
-"""How well scores find labels: average precision, area under the ROC curve, d', best-class hits and label sets."""
+"""How well scores find labels: average precision, area under the ROC curve, d', best-class hits, ranks, and what an
+attack hid."""
 
 from typing import NamedTuple
 
@@ -16,6 +17,14 @@ class MacroMean(NamedTuple):
     value: float  # nan where every class was dropped
     classes: int  # that entered the mean
     dropped: int  # classes whose score does not exist on these samples
+
+
+class HideRate(NamedTuple):
+    """A share of detections and what it is a share of."""
+
+    value: float  # hidden / detected; nan where nothing was detected
+    hidden: int  # (sample, label) pairs that were detected on the clean input and are no longer
+    detected: int  # (sample, label) pairs that were detected on the clean input
 
 
 def check_scored(scores: Shaped[np.ndarray, "..."], labels: Shaped[np.ndarray, "..."]) -> None:
@@ -163,6 +172,82 @@ def top1_hit(
     """
     check_scored(scores, labels)
     return labels[np.arange(len(scores)), scores.argmax(axis=1)] == 1
+
+
+def label_ranking_average_precision(
+    scores: Real[np.ndarray, "sample class"], labels: Shaped[np.ndarray, "sample class"]
+) -> Float[np.ndarray, " sample"]:
+    """Mean, over a sample's labels, of the share of labels among the classes that score at least as high.
+
+    In (0, 1]; 1 where every label outscores every other class. Its mean over samples is LRAP as scikit-learn has it,
+    except that a sample without labels is nan here and counts as 1 there. It ranks classes within a sample, where
+    `average_precision` ranks samples within a class: scores that are calibrated differently by class hurt it.
+
+    >>> scores = np.array([[0.9, 0.5, 0.1], [0.2, 0.3, 0.4], [0.1, 0.2, 0.3]])
+    >>> label_ranking_average_precision(scores, np.array([[1, 0, 1], [0, 0, 1], [0, 0, 0]])).round(4)
+    array([0.8333, 1.    ,    nan])
+    """
+    check_scored(scores, labels)
+    values = np.full(len(scores), np.nan)
+    for row in np.flatnonzero((labels == 1).any(axis=1)):
+        positive = labels[row] == 1
+        above = scores[row] >= scores[row, positive][:, None]
+        values[row] = (above[:, positive].sum(axis=1) / above.sum(axis=1)).mean()
+    return values
+
+
+def f1_thresholds(
+    scores: Real[np.ndarray, "sample class"], labels: Shaped[np.ndarray, "sample class"]
+) -> Float[np.ndarray, " class"]:
+    """For each class the score from which on to call it detected, so that F1 on these samples is largest.
+
+    Halfway between the lowest score that counts and the next below it, so that rounding decides nothing; of several
+    best thresholds the highest. Infinite, hence nothing detected, for a class without positives. Take it from clean
+    scores, and not from those of an attack: a threshold that follows the attack undoes part of it.
+
+    >>> scores = np.array([[0.9, 0.1], [0.5, 0.2], [0.4, 0.3], [0.1, 0.4]])
+    >>> f1_thresholds(scores, np.array([[1, 0], [1, 0], [0, 0], [0, 0]]))
+    array([0.45,  inf])
+    """
+    check_scored(scores, labels)
+    thresholds = np.full(scores.shape[1], np.inf)
+    for column in np.flatnonzero((labels == 1).any(axis=0)):
+        order = np.argsort(-scores[:, column], kind="stable")
+        level, positive = scores[order, column].astype(np.float64), labels[order, column] == 1
+        f1 = 2 * positive.cumsum() / (np.arange(1, len(level) + 1) + positive.sum())
+        below = np.append(level[1:], level[-1])
+        last = np.append(level[:-1] > level[1:], True)  # samples of one score are detected together
+        best = np.flatnonzero(last)[f1[last].argmax()]
+        halfway = (level[best] + below[best]) / 2
+        thresholds[column] = halfway if halfway > below[best] else level[best]
+    return thresholds
+
+
+def hide_rate(
+    clean_scores: Real[np.ndarray, "sample class"],
+    scores: Real[np.ndarray, "sample class"],
+    labels: Shaped[np.ndarray, "sample class"],
+    thresholds: Float[np.ndarray, " class"],
+) -> HideRate:
+    """Share of labels detected on the clean input (score at or above the class's threshold) that no longer are.
+
+    What mAP is blind to: labels that all sink together keep their ranks, and a detector no longer fires. 0 where the
+    attack hid nothing; labels missed on the clean input count neither way.
+
+    >>> clean, now = np.array([[0.9, 0.8], [0.7, 0.1]]), np.array([[0.4, 0.8], [0.6, 0.1]])
+    >>> hide_rate(clean, now, np.array([[1, 1], [1, 1]]), np.array([0.5, 0.5]))
+    HideRate(value=0.3333333333333333, hidden=1, detected=3)
+    """
+    check_scored(clean_scores, labels)
+    check_scored(scores, labels)
+    if thresholds.shape != scores.shape[1:] or np.isnan(thresholds).any():
+        raise ValueError(
+            f"`thresholds` must give a number to each of {scores.shape[1]} classes, got {list(thresholds.shape)} with "
+            f"{np.isnan(thresholds).sum()} nan: see `f1_thresholds`"
+        )
+    detected = (labels == 1) & (clean_scores >= thresholds)
+    hidden, count = int((detected & (scores < thresholds)).sum()), int(detected.sum())
+    return HideRate(hidden / count if count else np.nan, hidden, count)
 
 
 def _weights_or_ones(weights: Real[np.ndarray, " sample"] | None, samples: int) -> Float[np.ndarray, " sample"]:

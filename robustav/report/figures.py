@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from robustav import keep
 from robustav.audio import LogMel
 from robustav.ledger import Ledger
-from robustav.plan import CLEAN
-from robustav.report.table import WORST, Report
+from robustav.plan import CLEAN, is_attack
+from robustav.report.table import Report
+from robustav.report.words import WORST
 
 THEME = {"style": "whitegrid", "context": "paper", "palette": "colorblind"}
 DECIBELS = (-100.0, 0.0)  # shown range of a spectrogram
@@ -36,8 +37,7 @@ def draw(report: Report, ledgers: list[Ledger], folder: Path) -> list[Path]:
                 written.append(save_figure(figure, folder / f"{score}.png"))
         for ledger in ledgers:
             for key, described in ledger.record()["identity"]["conditions"].items():
-                attacked = described["attacked"] and described["name"] != "noise"
-                for clip in sorted((ledger.folder / "kept" / key).glob("*")) if attacked else []:
+                for clip in sorted((ledger.folder / "kept" / key).glob("*")) if is_attack(described) else []:
                     written.append(save_figure(example(ledger, key, clip), folder / f"{key}-{clip.name}.png"))
     return written
 

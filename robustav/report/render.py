@@ -10,10 +10,21 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from robustav.report.table import WORST, Report
+from robustav.report.table import Report
 from robustav.report.text import DASH, NONE, escape_md, finite, latex_table, markdown_skipped, markdown_table, number
+from robustav.report.words import WORST
 
-SCORES = {"mAP": "mAP", "AUC": "AUC", "d_prime": "d'", "top1": "top-1 hit", "success": "success", "drop": "drop"}
+SCORES = {
+    "mAP": "mAP",
+    "AUC": "AUC",
+    "d_prime": "d'",
+    "LRAP": "LRAP",
+    "top1": "top-1 hit",
+    "hidden": "hidden",
+    "success": "success",
+    "drop": "drop",
+}
+ROOMY = ("AUC", "LRAP")  # not for a terminal: d' says the same as AUC, and LRAP is for those who know it
 NOT_VALID = "not valid"
 
 
@@ -30,7 +41,45 @@ def cell(row: pd.Series, score: str, digits: int = 3) -> tuple[str, str]:
 
 def label(row: pd.Series, name: str) -> str:
     """What stands in a row's first columns."""
+    if name == "condition":
+        return condition(row)
     return "both" if row[name] == "audio+visual" else str(row[name]) or NONE
+
+
+def condition(row: pd.Series) -> str:
+    """A row's name; with a + where it counts what it and all before it reach."""
+    return ("+ " if row["spared"] and row["condition"] != WORST else "") + str(row["condition"])
+
+
+def flag_lines(report: Report) -> list[str]:
+    """Each reason to doubt the numbers, with what to try."""
+    several = len(report.headers) > 1
+    return [
+        f"FLAG {row['name']}{' (' + row['run'] + ')' if several else ''}: {row['sentence']} {row['advice']}"
+        for _, row in report.flags.iterrows()
+    ]
+
+
+BUDGETS = {"at_5": "5 %", "at_25": "25 %", "at_50": "half", "at_75": "75 %", "at_95": "95 %", "all": "all"}
+
+
+def budget_grid(report: Report) -> tuple[list[str], list[list[str]]]:
+    """The smallest budgets: at how many times epsilon which share of the clips is broken."""
+    several = len(report.headers) > 1
+    head = [*(["run"] if several else []), "smallest budget", "of", *BUDGETS.values(), "half, 95 %", "broken"]
+    body = []
+    for _, row in report.smallest.iterrows():
+        bad = bool(row["violations"])
+        cells = [NOT_VALID if bad else _times(row[column]) for column in BUDGETS]
+        ends = [_times(row[end]) for end in ("at_50_low", "at_50_high")]
+        between = NONE if bad or NONE in ends else DASH.join(ends)
+        found = f"{row['broken']} of {row['clips']}"
+        body.append([*([row["run"]] if several else []), row["condition"], row["budget"], *cells, between, found])
+    return head, body
+
+
+def _times(value: float) -> str:
+    return NONE if pd.isna(value) else f"{value:.3g}"
 
 
 def names(report: Report) -> list[str]:
@@ -79,6 +128,13 @@ def terminal(report: Report, digits: int = 3) -> RenderableType:
         if len(report.table):
             parts += _tables(report, report.table[report.table["run"] == run], digits)
             parts.append(Text())
+    if len(report.smallest):
+        head, body = budget_grid(report)
+        table = Table(*head, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        for cells in body:
+            table.add_row(*map(Text, cells))
+        parts += [Text("times the budget at which so many clips are broken:", style="dim"), table, Text()]
+    parts += [Text(line, style="bold yellow") for line in flag_lines(report)]
     alarms = ("WARNING", "AUDIT")
     parts += [Text(note, style="bold red" if any(word in note for word in alarms) else "dim") for note in report.notes]
     if len(report.skipped):
@@ -113,8 +169,7 @@ def _scores(rows: pd.DataFrame, digits: int) -> Table:
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for title in ("condition", "on"):
         table.add_column(title, no_wrap=True)
-    # Where it is narrow, AUC makes room: d' says the same.
-    shown = {score: title for score, title in SCORES.items() if digits > 2 or score != "AUC"}
+    shown = {score: title for score, title in SCORES.items() if score not in ROOMY}
     for title in shown.values():
         table.add_column(title, justify="right", no_wrap=True)
     before = None
@@ -124,7 +179,7 @@ def _scores(rows: pd.DataFrame, digits: int) -> Table:
         before = row["attacked"]
         cells = ["\n".join(part for part in cell(row, score, digits) if part) for score in shown]
         style = "bold" if row["condition"] == WORST else ""
-        table.add_row(Text(row["condition"]), Text(label(row, "attacked")), *cells, style=style)
+        table.add_row(Text(condition(row)), Text(label(row, "attacked")), *cells, style=style)
     return table
 
 
@@ -136,7 +191,7 @@ def _used(report: Report, rows: pd.DataFrame) -> Table:
     for title in columns:
         table.add_column(title, justify="right")
     for _, row in rows.iterrows():
-        table.add_row(Text(row["condition"]), Text(label(row, "attacked")), *(show(row) for show in columns.values()))
+        table.add_row(Text(condition(row)), Text(label(row, "attacked")), *(show(row) for show in columns.values()))
     return table
 
 
@@ -169,7 +224,10 @@ def markdown(report: Report) -> str:
     if len(report.table):
         head, body = _grid(report, lambda pair: f"{pair[0]} [{pair[1]}]" if pair[1] else pair[0])
         lines += markdown_table(head, body)
-    lines += ["", *(f"- {escape_md(note)}" for note in report.notes)]
+    if len(report.smallest):
+        lines += ["", "Times the budget at which so many clips are broken:", "", *markdown_table(*budget_grid(report))]
+    lines += ["", *(f"- **{escape_md(line)}**" for line in flag_lines(report))]
+    lines += [f"- {escape_md(note)}" for note in report.notes]
     lines += markdown_skipped(report.skipped)
     return "\n".join(lines) + "\n"
 
@@ -180,7 +238,10 @@ def latex(report: Report) -> str:
         return "% no clip could be used\n"
     head, body = _grid(report, lambda pair: f"{pair[0]} [{pair[1]}]" if pair[1] else pair[0])
     lines = [f"% {key}: {text}" for about in report.headers.values() for key, text in about.items()]
-    lines += [*latex_table(head, body, len(names(report))), *(f"% {note}" for note in report.notes)]
+    lines += latex_table(head, body, len(names(report)))
+    if len(report.smallest):
+        lines += latex_table(*budget_grid(report), 2 + (len(report.headers) > 1))
+    lines += [f"% {note}" for note in [*flag_lines(report), *report.notes]]
     lines += [f"% skipped {row['sample']}: {row['reason']}" for _, row in report.skipped.iterrows()]
     return "\n".join(lines) + "\n"
 
@@ -192,17 +253,21 @@ def csv(report: Report) -> str:
 
 def as_json(report: Report) -> str:
     """The whole report at full precision; what is not applicable, not valid or not finite is null."""
-    rows = [
-        {key: finite(value) for key, value in row.items()} for row in blanked(report).astype(object).to_dict("records")
-    ]
+    rows = _records(blanked(report))
     whole = {
         "runs": report.headers,
         "rows": rows,
+        "smallest": _records(report.smallest),
+        "flags": _records(report.flags),
         "notes": report.notes,
         "skipped": report.skipped.to_dict("records"),
         "audit": "failed" if report.failed else "passed",
     }
     return json.dumps(whole, indent=1) + "\n"
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, object]]:
+    return [{str(k): finite(v) for k, v in row.items()} for row in table.astype(object).to_dict("records")]
 
 
 def blanked(report: Report) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """From ledgers to a table: one row for each condition, every rate with its count and its 95 % interval."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from robustav.flags import Flag, inspect
 from robustav.ledger import Ledger, skipped
 from robustav.metrics.intervals import (
     FEW_CLIPS,
@@ -20,10 +21,21 @@ from robustav.metrics.intervals import (
     percentile_interval,
     wilson,
 )
-from robustav.metrics.tagging import average_precision, d_prime, macro_mean, mean_roc_auc, top1_hit
+from robustav.metrics.tagging import (
+    average_precision,
+    d_prime,
+    f1_thresholds,
+    hide_rate,
+    label_ranking_average_precision,
+    macro_mean,
+    mean_roc_auc,
+    top1_hit,
+)
 from robustav.plan import CLEAN
+from robustav.report.smallest import smallest_budgets
+from robustav.report.words import WORST, header_of, name_of, notes_of
 
-WORST = "worst case"
+SCORES = ("mAP", "AUC", "d_prime", "LRAP", "top1", "hidden", "success", "drop")
 NO_INTERVAL = (np.nan, np.nan)
 
 
@@ -33,6 +45,8 @@ class Report:
 
     headers: dict[str, dict[str, str]]  # run -> what it is about
     table: pd.DataFrame  # one row a condition, by `run`; a missing value is not applicable
+    smallest: pd.DataFrame  # one row for each set of modalities whose smallest budgets were looked for
+    flags: pd.DataFrame  # run, name, sentence, advice: reasons to doubt the numbers
     notes: list[str]
     skipped: pd.DataFrame  # run, sample, reason
     failed: bool  # the audit found something: the rows concerned are not valid
@@ -58,7 +72,7 @@ def build(ledgers: Sequence[Ledger]) -> Report:
 
     Raises `FileNotFoundError` if a run is not finished, `ValueError` if one is unsound.
     """
-    names = [_name(ledger.record()) for ledger in ledgers]
+    names = [name_of(ledger.record()) for ledger in ledgers]
     runs = [n if names.count(n) == 1 else f"{n} ({ledger.folder})" for n, ledger in zip(names, ledgers, strict=True)]
     if repeated := [run for run in runs if runs.count(run) > 1]:
         raise ValueError(f"the same run is named twice: {repeated[0]}")
@@ -76,14 +90,12 @@ def build(ledgers: Sequence[Ledger]) -> Report:
     return Report(
         {run: header for part in parts for run, header in part.headers.items()},
         pd.concat([part.table for part in parts], ignore_index=True),
+        pd.concat([part.smallest for part in parts], ignore_index=True),
+        pd.concat([part.flags for part in parts], ignore_index=True),
         missing + [f"{next(iter(part.headers))}: {note}" for part in parts for note in part.notes],
         pd.concat([part.skipped for part in parts], ignore_index=True),
         any(part.failed for part in parts),
     )
-
-
-def _name(record: dict[str, Any]) -> str:
-    return str(record["about"].get("model", record["model"]))
 
 
 def _build_one(ledger: Ledger, run: str) -> Report:
@@ -92,34 +104,78 @@ def _build_one(ledger: Ledger, run: str) -> Report:
     clean = usable(ledger, CLEAN.key, record["clips"])
     reasons = skipped(ledger)
     left_out = pd.DataFrame({"run": run, "sample": list(reasons), "reason": list(reasons.values())})
+    nothing = pd.DataFrame()
     if clean.empty:
-        header = {run: _header(record, 0, failed=False)}
-        return Report(header, pd.DataFrame(), ["no clip could be used"], left_out, failed=False)
+        header = {run: header_of(record, 0, failed=False)}
+        return Report(header, nothing, nothing, nothing, ["no clip could be used"], left_out, failed=False)
     scorer = _Scorer(record, clean)
     rows = [scorer.row(clean, CLEAN.name, (), 0, "", ledger.seconds(CLEAN.key))]
+    looked = {CLEAN.key: light(clean)}  # what flags and smallest budgets are read from
     for level in sorted({d["level"] for d in described.values() if d["attacked"]}):
         # One epsilon at a time, so that a long curve over a large data set fits into memory.
         here = {key: d for key, d in described.items() if d["attacked"] and d["level"] == level}
         frames = {CLEAN.key: clean} | {key: usable(ledger, key, record["clips"]) for key in here}
-        for attacked in dict.fromkeys(tuple(d["attacked"]) for d in here.values()):
-            keys = [key for key, d in here.items() if tuple(d["attacked"]) == attacked]
+        looked |= {key: light(frame) for key, frame in frames.items()}
+        settle_all(frames, here, looked, lambda key: usable(ledger, key, record["clips"]))
+        bounded = {key: d for key, d in here.items() if not d["smallest"]}
+        for attacked in dict.fromkeys(tuple(d["attacked"]) for d in bounded.values()):
+            keys = [key for key, d in bounded.items() if tuple(d["attacked"]) == attacked]
             budget = "; ".join(f"{m} {text}" for m, text in here[keys[0]]["budgets"].items())
             for key in keys:
-                seconds = ledger.seconds(key)
-                rows.append(scorer.row(frames[key], here[key]["name"], attacked, level, budget, seconds))
+                name, spared = here[key]["name"], bool(here[key]["after"])
+                row = scorer.row(frames[key], name, attacked, level, budget, ledger.seconds(key), spared)
+                rows.append(row)
             # An adversary who may touch both may touch one, or nothing: those are candidates too.
-            members = [CLEAN.key] + [key for key, d in here.items() if set(d["attacked"]) <= set(attacked)]
+            members = [CLEAN.key] + [key for key, d in bounded.items() if set(d["attacked"]) <= set(attacked)]
             seconds = sum(ledger.seconds(key) for key in members)
-            rows.append(
-                scorer.row(worst_case([frames[key] for key in members]), WORST, attacked, level, budget, seconds)
-            )
+            attacks = [bounded[key] for key in members[1:] if bounded[key]["knowledge"] != "nothing"]
+            spared = bool(attacks) and all(d["after"] for d in attacks)
+            worst = worst_case([frames[key] for key in members])
+            rows.append(scorer.row(worst, WORST, attacked, level, budget, seconds, spared))
     table = pd.DataFrame(rows)
     table.insert(0, "run", run)
     # What an attack did is told against the clean scores: where those are not valid, nothing is.
     table["violations"] += table["violations"].iloc[0] * (table["attacked"] != "")
     failed = bool((table["violations"] > 0).any())
-    header = {run: _header(record, len(clean), failed)}
-    return Report(header, table, _notes(record, table, clean, scorer), left_out, failed)
+    smallest = smallest_budgets(record, looked)
+    failed = failed or bool(len(smallest) and (smallest["violations"] > 0).any())
+    smallest.insert(0, "run", run)
+    flags = pd.DataFrame([*ledger.flags(), *inspect(looked, described, clean)], columns=Flag._fields)
+    flags.insert(0, "run", run)
+    header = {run: header_of(record, len(clean), failed)}
+    notes = notes_of(record, table, clean, scorer.fair_game, scorer.hittable, scorer.clean.dropped, len(scorer.weights))
+    return Report(header, table, smallest, flags, notes, left_out, failed)
+
+
+def light(rows: pd.DataFrame) -> pd.DataFrame:
+    """A condition's rows without what makes them large."""
+    return rows.drop(columns=["logits", "labels"])
+
+
+def settle_all(
+    frames: dict[str, pd.DataFrame],
+    described: Mapping[str, Mapping[str, Any]],
+    looked: Mapping[str, pd.DataFrame],
+    read: Callable[[str], pd.DataFrame],
+) -> None:
+    """Have every clip that a cheaper condition broke stand as that one left it, whether or not it was attacked again.
+
+    So a row that spares such clips counts what it and all before it reach, and sparing them changes no number. `frames`
+    are those of one epsilon; `read` gives those of others.
+    """
+    for key, description in described.items():
+        rows = frames[key]
+        unsettled = rows["settled"].eq("").to_numpy()
+        for earlier in description["after"]:
+            sound = looked[earlier]["violation"].eq("")
+            broke = (looked[earlier]["reached"].astype(bool) & sound).to_numpy() & unsettled
+            if broke.any():
+                costs = rows[["forwards", "backwards"]]
+                left = frames[earlier] if earlier in frames else read(earlier)
+                rows = pd.concat([rows[~broke], left[broke]]).sort_index()
+                rows[["forwards", "backwards"]] = costs
+            unsettled = unsettled & ~broke
+        frames[key] = rows
 
 
 def usable(ledger: Ledger, key: str, clips: int) -> pd.DataFrame:
@@ -152,29 +208,75 @@ class _Scorer:
             self.labels[row, np.asarray(classes, dtype=int)] = 1
         self.weights = bootstrap_weights(len(clean), seed=identity["seed"])
         self.fair_game = ~clean["reached"].to_numpy(dtype=bool)  # clips on which the goal is not reached already
-        self.hittable = self.labels.any(1)  # a clip without a label has no top-1 hit to lose
+        self.hittable: NDArray[np.bool_] = np.asarray(
+            self.labels.any(1)
+        )  # a clip without a label has no top-1 hit to lose
+        # Scores that follow from success alone.
+        top1 = identity["goal"].get("success") == "top1" and self.hittable.all()
+        self.decided = {"top1"} if top1 else set()
+        if top1 and self.headline == "top1":
+            self.decided.add("drop")
         self.samples = clean["sample"]
+        # Labels that may be hidden: those that the goal is about, detected at the thresholds that suit the clean scores.
+        about = np.isin(
+            np.arange(self.labels.shape[1]), list(identity["goal"].get("chosen") or range(self.labels.shape[1]))
+        )
+        self.hideable = self.labels * about.astype(np.int8)
+        self.untouched = self._logits(clean)
+        self.thresholds = f1_thresholds(self.untouched, self.hideable)
         self.clean = self._scores(clean)
 
+    @staticmethod
+    def _logits(rows: pd.DataFrame) -> NDArray[np.float64]:
+        return np.stack(rows["logits"].to_list()).astype(np.float64)
+
+    def _ranked(self, logits: NDArray[np.float64]) -> dict[str, float]:
+        """Ranks of classes within each clip; nan where no clip has a label."""
+        values = label_ranking_average_precision(logits, self.labels)[self.hittable]
+        if not len(values):
+            return {"LRAP": np.nan, **_ends("LRAP", NO_INTERVAL)}
+        weights = self.weights[:, self.hittable]
+        with np.errstate(invalid="ignore"):
+            resampled = weights @ values / weights.sum(1)
+        return {"LRAP": values.mean(), **_ends("LRAP", self._bootstrapped(percentile_interval(resampled), 0, 1))}
+
+    def _hidden(self, logits: NDArray[np.float64]) -> dict[str, float]:
+        """Share of labels detected on the clean clips that no longer are."""
+        rate = hide_rate(self.untouched, logits, self.hideable, self.thresholds)
+        detected = (self.hideable == 1) & (self.untouched >= self.thresholds)
+        lost = (detected & (logits < self.thresholds)).sum(1)
+        with np.errstate(invalid="ignore"):
+            resampled = (self.weights @ lost) / (self.weights @ detected.sum(1))
+        ends = self._bootstrapped(percentile_interval(resampled), 0, 1) if rate.detected else NO_INTERVAL
+        return {"hidden": rate.value, **_ends("hidden", ends), "hidden_of": rate.detected}
+
     def _scores(self, rows: pd.DataFrame) -> _Scores:
-        logits = np.stack(rows["logits"].to_list()).astype(np.float64)
+        logits = self._logits(rows)
         precision = macro_mean(average_precision(logits, self.labels))
         hits = top1_hit(logits, self.labels)[self.hittable]
         resampled = bootstrap(logits, self.labels, self.weights)
         return _Scores(hits, precision.value, mean_roc_auc(logits, self.labels), resampled, precision.dropped)
 
     def row(
-        self, rows: pd.DataFrame, name: str, attacked: tuple[str, ...], level: int, budget: str, seconds: float
+        self,
+        rows: pd.DataFrame,
+        name: str,
+        attacked: tuple[str, ...],
+        level: int,
+        budget: str,
+        seconds: float,
+        spared: bool = False,
     ) -> dict[str, Any]:
-        """One line of the table."""
+        """One line of the table. Where clips were `spared`, only what follows from success is a score."""
         if list(rows["sample"]) != list(self.samples):
             raise ValueError(f"the rows of {name} are not about the clips of the clean row: the ledger is damaged")
-        scores, hittable = self._scores(rows), int(self.hittable.sum())
+        scores, hittable, logits = self._scores(rows), int(self.hittable.sum()), self._logits(rows)
         row: dict[str, Any] = {
             "condition": name,
             "attacked": "+".join(attacked),
             "level": level if attacked else -1,
             "budget": budget,
+            "spared": spared,
             "clips": len(rows),
             "mAP": scores.mAP,
             **_ends("mAP", self._bootstrapped(centred_interval(scores.mAP, scores.resampled.map), 0, 1)),
@@ -182,11 +284,16 @@ class _Scorer:
             **_ends("AUC", self._bootstrapped(percentile_interval(scores.resampled.auc))),
             "d_prime": float(d_prime(scores.AUC)),
             **_ends("d_prime", self._bootstrapped(percentile_interval(scores.resampled.d_prime))),
+            **self._ranked(logits),
             "top1": scores.hits.mean() if hittable else np.nan,
             **_ends("top1", wilson(scores.hits.sum(), hittable) if hittable else NO_INTERVAL),
             "top1_of": hittable,
         }
+        row |= self._hidden(logits) if attacked else dict.fromkeys(["hidden", "hidden_low", "hidden_high", "hidden_of"])
         row |= self._against_clean(rows, attacked, scores)
+        if spared:
+            unknown = [s for s in SCORES if s != "success" and s not in self.decided]
+            row |= dict.fromkeys([f"{s}{end}" for s in unknown for end in ("", "_low", "_high")], np.nan)
         for m in self.modalities:
             row[f"max_abs_{m}"] = rows[f"max_abs_{m}"].max()
             touched = rows.loc[np.isfinite(rows[f"snr_db_{m}"]), f"snr_db_{m}"]
@@ -229,120 +336,3 @@ class _Scorer:
 
 def _ends(name: str, interval: Sequence[Any]) -> dict[str, float]:
     return {f"{name}_low": float(interval[0]), f"{name}_high": float(interval[1])}
-
-
-def _header(record: dict[str, Any], used: int, failed: bool) -> dict[str, str]:
-    identity, about = record["identity"], record["about"]
-    versions = ", ".join(f"{package} {version}" for package, version in identity["versions"].items())
-    levels: dict[int, dict[str, str]] = {d["level"]: {} for d in identity["conditions"].values() if d["attacked"]}
-    for described in identity["conditions"].values():
-        if described["attacked"]:
-            levels[described["level"]] |= described["budgets"]
-    budgets = [" and ".join(f"{m} {text}" for m, text in level.items()) for level in levels.values()]
-    attacks = dict.fromkeys(d["attack"] for d in identity["conditions"].values() if d["attack"])
-    spent = f"{used} of {record['clips_in_all']} clips" + (
-        f" ({record['clips'] - used} skipped)" * (used < record["clips"])
-    )
-    weights = f"{identity['weights'][:12]}, {record['parameters']:,} parameters"
-    if "card" in about:
-        weights += f", as shipped (file sha256 {about['card']['sha256'][:12]})"
-    if "checkpoint" in about:
-        weights += f", from {about['checkpoint']} (sha256 {about['checkpoint_sha256'][:12]})"
-    return {
-        "model": _name(record) + (f", {about['summary']}" if "summary" in about else ""),
-        "weights": weights,
-        "data": f"{record['samples']}, data {identity['data'][:12]}, {spent}",
-        "threat": "white box; " + ("; or ".join(budgets) or "nothing is attacked"),
-        "goal": identity["goal"]["words"],
-        "attacks": ", ".join(attacks) or "none",
-        "run": f"seed {identity['seed']}, batches of {identity['batch_size']}, {versions}, Python {record['python']}",
-        "device": f"{record['device']}, began {record['began']}",
-        "audit": "FAILED: rows marked 'not valid' left their threat or their scores do not hold"
-        if failed
-        else "passed",
-    }
-
-
-def _notes(record: dict[str, Any], table: pd.DataFrame, clean: pd.DataFrame, scorer: _Scorer) -> list[str]:
-    """What the table's reader must know, each in a sentence; nothing here is a matter of opinion."""
-    notes = [
-        "Intervals are 95 %: Wilson for top-1 hit rate and attack success, bootstrap over clips "
-        f"({len(scorer.weights)} resamples, paired for the drop) for the rest.",
-        f"Attack success counts among the {int(scorer.fair_game.sum())} clips (of {len(clean)}) whose goal the clean input "
-        f"had not reached already. The drop is of {'mAP' if scorer.headline == 'mAP' else 'the top-1 hit rate'}.",
-    ]
-    if not scorer.hittable.all():
-        notes.append(
-            f"{int((~scorer.hittable).sum())} clips are labelled with no class: they have no top-1 hit to lose."
-        )
-    logits = np.stack(clean["logits"].to_list())
-    if ((logits >= 0) & (logits <= 1)).all():
-        notes.append(
-            "WARNING: every clean score lies between 0 and 1: the model seems to return probabilities where logits are "
-            "expected. Thresholds are then wrong and gradients may vanish: return the scores before sigmoid or softmax."
-        )
-    if record["identity"]["goal"].get("loss_name") == "ranking" and record["identity"]["goal"].get("success") == "top1":
-        notes.append(
-            "WARNING: the ranking loss rests once the weakest label is outranked, while success counts the strongest one: "
-            "climb bce or top1 instead."
-        )
-    for _, row in table[table["violations"] > 0].iterrows():
-        if row["condition"] != WORST and row["example"]:
-            where = f"{row['condition']} on {row['attacked']}" if row["attacked"] else "the clean row"
-            notes.append(
-                f"AUDIT: {where} is not valid: {row['violations']} of {row['clips']} clips, such as {row['example']}"
-            )
-    notes.append(
-        "These attacks are a first look: robust scores are upper bounds, and a stronger attack may lower them."
-    )
-    if len(clean) < FEW_CLIPS:
-        notes.append(f"Fewer than {FEW_CLIPS} clips: no bootstrap intervals, and mAP, AUC and d' mean little.")
-    elif (table["mAP_low"] == table["mAP_high"]).any() or (table["AUC_low"] == table["AUC_high"]).any():
-        notes.append("An interval without width means that every resample scored alike, not that the score is certain.")
-    if scorer.clean.dropped:
-        notes.append(
-            f"{scorer.clean.dropped} of {len(record['identity']['classes'])} classes have no positive clip here and are left out of mAP."
-        )
-    own = int((~clean["labelled"].astype(bool)).sum())
-    if own:
-        notes.append(
-            f"{own} of {len(clean)} clips have no usable label: for them the model's own clean prediction stands in, so "
-            "their clean scores are high by construction."
-        )
-    for label, count in list(record["unknown_labels"].items())[:10]:
-        notes.append(f"Label {label!r} ({count} clip{'s' * (count > 1)}) is no class of the model and was ignored.")
-    if len(record["unknown_labels"]) > 10:
-        notes.append(f"... and {len(record['unknown_labels']) - 10} more labels that the model lacks.")
-    audio = record["identity"]["specs"].get("audio")
-    if audio and not str(record["samples"]).startswith("av-events"):
-        seconds = audio["shape"][0] / audio["sample_rate"]
-        notes.append(
-            f"The model reads {seconds:g} s: of a longer clip what follows is not tested, a shorter one is padded with "
-            "silence, which no attack touches."
-        )
-    if str(record["samples"]).startswith("av-events"):
-        notes.append(
-            "av-events is synthetic: its scores are for comparing models and attacks, not for any real recording."
-        )
-    if WORST in set(table["condition"]):
-        notes.append(
-            "Worst case: for each clip the row, among those of the same epsilon that touch no more than it, clean included, "
-            "that reaches the goal, and of those the one with the largest loss. Scores that are not counted by that goal, such "
-            "as mAP, can therefore lie above those of a single attack."
-        )
-    attacks = table[(table["attacked"] != "") & ~table["condition"].isin(["noise", WORST])]
-    for _, noise in table[table["condition"] == "noise"].iterrows():
-        same = attacks[(attacks["attacked"] == noise["attacked"]) & (attacks["level"] == noise["level"])]
-        for _, attack in same.iterrows():
-            if attack["success"] < noise["success"] and not attack["violations"] and not noise["violations"]:
-                notes.append(
-                    f"WARNING: {attack['condition']} on {attack['attacked']} succeeds less often than random noise of the "
-                    "same size: the attack is broken or the gradient is masked."
-                )
-    for _, row in table[table["zero_gradients"] > 0].iterrows():
-        if row["condition"] != WORST:
-            notes.append(
-                f"WARNING: {row['zero_gradients']:.1%} of the gradients of {row['condition']} on {row['attacked']} were exactly "
-                "zero: the attack was blind there, so the robust score is too high."
-            )
-    return notes

@@ -1,0 +1,131 @@
+"""Stored adversarial examples, looked at again: read from disk, measured, projected and scored anew."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from robustav import audit, keep
+from robustav.data.samples import Progress
+from robustav.data.sources import load_samples
+from robustav.goals import GOALS, Goal
+from robustav.harness import as_evaluated, pick_device
+from robustav.ledger import Ledger, digest_of_model
+from robustav.models.zoo import load_model
+from robustav.plan import recorded_budgets
+from robustav.reader import Batch, Reader
+from robustav.threat import ThreatModel
+
+
+def reexamine(
+    run: Path,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    checkpoint: Path | None = None,
+    trust_pickle: bool = False,
+    device: str = "auto",
+    progress: Progress = lambda what, done, total: None,
+) -> pd.DataFrame:
+    """One line a condition: how many examples it kept, and what is wrong with any of them as they lie on disk.
+
+    Every example is read back, measured against its budget, range and untouched modalities, projected once more (which
+    must not move it), and scored by the model, whose scores and verdict must be those of the ledger. Model and data are
+    the run's own unless given. Columns: condition, attacked, examples, gauge (largest length over budget), moved (largest
+    change by projecting again, in budgets), logit_change (largest), problems (count), example (the first problem in
+    words). Raises `ValueError` where the run kept nothing, or model or data are not those of the run.
+    """
+    ledger = Ledger(run)
+    record = ledger.record()
+    identity, asked = record["identity"], record["about"].get("asked", {})
+    weights = checkpoint or asked.get("checkpoint")
+    name = model or str(record["about"].get("model", record["model"]))
+    network, _ = load_model(name, None if weights is None else Path(weights), trust_pickle=trust_pickle)
+    if digest_of_model(network) != identity["weights"]:
+        raise ValueError(
+            f"{run} was made with other weights than {name} has here: give the run's own with --model and --checkpoint"
+        )
+    samples, _ = load_samples(data or asked.get("data"), network, progress)
+    if samples.digest != identity["data"]:
+        raise ValueError(f"{run} attacked other data than {samples.name}: give the run's own with --data")
+    places = {sample: i for i, sample in enumerate(samples.ids)}
+    where = pick_device(device)
+    goal = recorded_goal(identity["goal"])
+    reader = Reader(network, samples, goal, 1, where, seed=identity["seed"])
+    lines = []
+    with as_evaluated(network, where):
+        for done, (key, described) in enumerate(identity["conditions"].items()):
+            progress(f"looking again: {key}", done, len(identity["conditions"]))
+            rows = ledger.read(key).query("skipped.isna() and settled == ''").set_index("sample")
+            found = []
+            for sample in rows.index:
+                if keep.has(run, key, sample):
+                    (batch,), _ = reader.read([places[sample]])
+                    found.append(_look(reader, ledger, key, described, batch, rows.loc[sample]))
+            if found:
+                lines.append(_line(key, described, found))
+    if not lines:
+        raise ValueError(f"{run} kept no examples: run the same attack again with --keep N")
+    return pd.DataFrame(lines)
+
+
+def recorded_goal(settings: Mapping[str, Any]) -> Goal:
+    """The goal that a record describes."""
+    kinds = {kind.__name__: kind for kind in GOALS.values()}
+    kind = kinds[settings["goal"]]
+    known = {f.name for f in fields(kind)}
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in known}
+    return kind(**given)
+
+
+def _look(
+    reader: Reader, ledger: Ledger, key: str, described: Mapping[str, Any], batch: Batch, row: pd.Series
+) -> dict[str, Any]:
+    """What is wrong with one stored example, and its sizes."""
+    (sample,) = batch.ids
+    stored = {m: x[None].to(reader.device) for m, x in keep.load(keep.folder_of(ledger.folder, key, sample)).items()}
+    model, words, gauge, moved = reader.model, [], 0.0, 0.0
+    if described["attacked"]:
+        budgets = recorded_budgets(described, model.specs)
+        threat = ThreatModel(budgets, reader.goal).given(writable=batch.writable)
+        bounded = not described["smallest"]
+        words += audit.violations(batch.inputs, stored, threat, model.specs, batch.writable, bounded=bounded)
+        gauge = threat.gauge(batch.inputs, stored).item()
+        if bounded and not words[0]:
+            again = threat.project(batch.inputs, stored)
+            moved = threat.gauge(stored, again).item()
+            if moved > audit.TOLERANCE:
+                words.append(f"projecting it again moves it by {moved:.3g} of its budget")
+    elif not all(torch.equal(stored[m], x) for m, x in batch.inputs.items()):
+        words.append("the clean clip is another than today's")
+    scored = reader.score(stored, batch.ids, f"{key} looked at again")
+    logits = torch.tensor(row["logits"], device=reader.device)[None]
+    change = (scored.logits - logits).abs().max().item()
+    goal = reader.goal.given(batch.clean)
+    reached = torch.tensor([bool(row["reached"])], device=reader.device)
+    if not model.stochastic:
+        size = batch.clean.logits.abs().max().item()
+        words += audit.rescore_violations(logits, scored.logits, reached, goal.reached(scored, batch.labels), size)
+    problem = audit.join(*words)
+    return {
+        "gauge": gauge,
+        "moved": moved,
+        "logit_change": change,
+        "problem": f"{sample}: {problem}" if problem else "",
+    }
+
+
+def _line(key: str, described: Mapping[str, Any], found: list[dict[str, Any]]) -> dict[str, Any]:
+    problems = [one["problem"] for one in found if one["problem"]]
+    return {
+        "condition": described["name"],
+        "attacked": "+".join(described["attacked"]),
+        "level": described["level"],
+        "examples": len(found),
+        **{name: max(one[name] for one in found) for name in ("gauge", "moved", "logit_change")},
+        "problems": len(problems),
+        "example": problems[0] if problems else "",
+    }
