@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 from robustav import audit, keep
+from robustav.classifier import Inputs
 from robustav.data.samples import Progress
 from robustav.data.sources import load_samples
 from robustav.goals import GOALS, Goal
@@ -84,38 +85,43 @@ def recorded_goal(settings: Mapping[str, Any]) -> Goal:
 def _look(
     reader: Reader, ledger: Ledger, key: str, described: Mapping[str, Any], batch: Batch, row: pd.Series
 ) -> dict[str, Any]:
-    """What is wrong with one stored example, and its sizes."""
+    """What is wrong with one stored example, and its sizes; one that is no input of its threat is not scored."""
     (sample,) = batch.ids
     stored = {m: x[None].to(reader.device) for m, x in keep.load(keep.folder_of(ledger.folder, key, sample)).items()}
-    model, words, gauge, moved = reader.model, [], 0.0, 0.0
-    if described["attacked"]:
-        budgets = recorded_budgets(described, model.specs)
-        threat = ThreatModel(budgets, reader.goal).given(writable=batch.writable)
-        bounded = not described["smallest"]
-        words += audit.violations(batch.inputs, stored, threat, model.specs, batch.writable, bounded=bounded)
-        gauge = threat.gauge(batch.inputs, stored).item()
-        if bounded and not words[0]:
-            again = threat.project(batch.inputs, stored)
-            moved = threat.gauge(stored, again).item()
-            if moved > audit.TOLERANCE:
-                words.append(f"projecting it again moves it by {moved:.3g} of its budget")
-    elif not all(torch.equal(stored[m], x) for m, x in batch.inputs.items()):
-        words.append("the clean clip is another than today's")
-    scored = reader.score(stored, batch.ids, f"{key} looked at again")
-    logits = torch.tensor(row["logits"], device=reader.device)[None]
-    change = (scored.logits - logits).abs().max().item()
-    goal = reader.goal.given(batch.clean)
-    reached = torch.tensor([bool(row["reached"])], device=reader.device)
-    if not model.stochastic:
-        size = batch.clean.logits.abs().max().item()
-        words += audit.rescore_violations(logits, scored.logits, reached, goal.reached(scored, batch.labels), size)
-    problem = audit.join(*words)
-    return {
-        "gauge": gauge,
-        "moved": moved,
-        "logit_change": change,
-        "problem": f"{sample}: {problem}" if problem else "",
-    }
+    sizes = dict.fromkeys(("gauge", "moved", "logit_change"), 0.0)
+    try:
+        problem = _unlawful(reader, described, batch, stored, sizes)
+    except ValueError as error:  # another form than the clip's
+        problem = str(error)
+    if not problem:
+        scored = reader.score(stored, batch.ids, f"{key} looked at again")
+        logits = torch.tensor(row["logits"], device=reader.device)[None]
+        sizes["logit_change"] = (scored.logits - logits).abs().max().item()
+        reached = torch.tensor([bool(row["reached"])], device=reader.device)
+        again = reader.goal.given(batch.clean).reached(scored, batch.labels)
+        if not reader.model.stochastic:
+            largest = batch.clean.logits.abs().max().item()
+            (problem,) = audit.rescore_violations(logits, scored.logits, reached, again, largest)
+    return {**sizes, "problem": f"{sample}: {problem}" if problem else ""}
+
+
+def _unlawful(
+    reader: Reader, described: Mapping[str, Any], batch: Batch, stored: Inputs, sizes: dict[str, float]
+) -> str:
+    """How an example leaves its threat, in words; enters its sizes."""
+    if not described["attacked"]:
+        audit.check_form(batch.inputs, stored)
+        same = all(torch.equal(stored[m], x) for m, x in batch.inputs.items())
+        return "" if same else "the clean clip is another than today's"
+    threat = ThreatModel(recorded_budgets(described, reader.model.specs), reader.goal).given(writable=batch.writable)
+    bounded = not described["smallest"]
+    (problem,) = audit.violations(batch.inputs, stored, threat, reader.model.specs, batch.writable, bounded=bounded)
+    sizes["gauge"] = threat.gauge(batch.inputs, stored).item()
+    if bounded and not problem:
+        sizes["moved"] = threat.gauge(stored, threat.project(batch.inputs, stored)).item()
+        if sizes["moved"] > audit.TOLERANCE:
+            return f"projecting it again moves it by {sizes['moved']:.3g} of its budget"
+    return problem
 
 
 def _line(key: str, described: Mapping[str, Any], found: list[dict[str, Any]]) -> dict[str, Any]:
