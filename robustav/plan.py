@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal, NamedTuple
 
-from robustav.attacks import Attack, trait
+from robustav.attacks import Attack, brief, trait
 from robustav.classifier import Classifier, InputSpec
 from robustav.goals import Goal
 from robustav.threat import Budget, ThreatModel, parse_budget
@@ -67,6 +67,7 @@ class Condition:
             "attacked": list(self.attacked),
             "level": self.level,
             "attack": repr(self.attack) if self.attack else "",
+            "brief": brief(self.attack) if self.attack else "",
             "knowledge": self.knowledge if self.attack else "",
             "roams": trait(self.attack, "roams", False),
             "after": list(self.after),

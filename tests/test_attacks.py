@@ -7,8 +7,9 @@ import torch
 from conftest import Linear, batch_of, few_steps, tiny_fusion, tiny_specs
 
 from robustav import audit
-from robustav.attacks import APGD, FGSM, PGD, MomentumFGSM, Noise, RayS, Restarts, Square, trait
+from robustav.attacks import APGD, FGSM, PGD, Aimed, MomentumFGSM, Noise, RayS, Restarts, Square, brief, trait
 from robustav.attacks.ascent import Point, climb, look
+from robustav.attacks.universal import Universal
 from robustav.classifier import InputSpec
 from robustav.goals import Hide, Inject, PushLatent, Targeted, Untargeted
 from robustav.randomness import draws_for
@@ -327,3 +328,12 @@ def test_settings_are_frozen_and_the_repr_is_the_settings(attack):
     with pytest.raises(dataclasses.FrozenInstanceError):
         attack.steps = 3
     assert repr(attack).startswith(type(attack).__name__ + "(")
+
+
+def test_a_header_shows_the_settings_that_are_not_defaults():
+    assert brief(PGD()) == "PGD()"
+    assert brief(Restarts(APGD(7, stop=True), 3)) == "Restarts(attack=APGD(steps=7, stop=True), times=3)"
+    assert brief(Aimed(aims=2)) == "Aimed(aims=2)"
+    universal = Universal({"audio": torch.ones(3)})
+    assert brief(universal) == repr(universal)
+    assert repr(APGD(7)) != brief(APGD(7)), "a record keeps every setting"

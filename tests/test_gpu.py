@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TinySamples, tiny_fusion
+from conftest import TinySamples, few_steps, tiny_fusion
 from test_harness import GOAL, rows_for
 
 from robustav.attacks import FGSM, PGD, Noise
@@ -29,6 +29,15 @@ def test_cpu_and_gpu_decide_alike(tmp_path):
         if key.startswith("noise"):
             np.testing.assert_allclose(left["snr_db_audio"], right["snr_db_audio"], rtol=1e-6)
     assert failures(gpu) == {}
+
+
+@pytest.mark.gpu
+def test_every_attack_runs_on_the_gpu_and_stays_in_its_budget(tmp_path):
+    settings = Settings(device="cuda", batch_size=8)
+    ledger = evaluate(tiny_fusion(), TinySamples(20), rows_for(few_steps()), GOAL, tmp_path, settings=settings)
+    assert failures(ledger) == {}
+    for key in ledger.record()["identity"]["conditions"]:
+        assert (ledger.read(key)["gauge"] <= 1).all()
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """What an attack is: frozen settings and one call."""
 
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -31,3 +32,19 @@ def trait(attack: object, name: str, default: Any) -> Any:
     """What an attack's class says of itself, or that of the attack inside it; `default` where neither says anything."""
     inner = getattr(attack, "attack", None)
     return getattr(attack, name) if hasattr(attack, name) else default if inner is None else trait(inner, name, default)
+
+
+def brief(attack: object) -> str:
+    """An attack by its class and those settings that are not its defaults, as a report's header shows it."""
+    if not is_dataclass(attack):
+        return repr(attack)
+    given = {field.name: getattr(attack, field.name) for field in fields(attack) if field.repr}
+    name = type(attack).__name__
+    if repr(attack) != f"{name}({', '.join(f'{key}={value!r}' for key, value in given.items())})":
+        return repr(attack)  # it has words of its own
+    plain = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(attack)
+    }
+    shown = [f"{key}={brief(value)}" for key, value in given.items() if value != plain[key]]
+    return f"{name}({', '.join(shown)})"

@@ -32,7 +32,11 @@ def header_of(record: dict[str, Any], used: int, failed: bool) -> dict[str, str]
         if described["attacked"]:
             levels[described["level"]] |= described["budgets"]
     budgets = [" and ".join(f"{m} {text}" for m, text in level.items()) for level in levels.values()]
-    attacks = dict.fromkeys(d["attack"] for d in identity["conditions"].values() if d["attack"])
+    attacks = dict.fromkeys(
+        f"{d['brief']} on {d['source']}" if d["source"] else d["brief"]
+        for d in identity["conditions"].values()
+        if d["attack"]
+    )
     spent = f"{used} of {record['clips_in_all']} clips" + (
         f" ({record['clips'] - used} skipped)" * (used < record["clips"])
     )
