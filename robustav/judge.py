@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robustav import audit, keep
+from robustav.attacks import trait
 from robustav.classifier import Classifier, Inputs, Trace
 from robustav.ledger import Ledger
 from robustav.plan import Condition
@@ -20,6 +21,8 @@ from robustav.threat import snr_db
 from robustav.view import AttackView, Tally
 
 log = logging.getLogger(__name__)
+
+FIRMER = (1.001, 1.003, 1.01, 1.03, 1.1)  # times a smallest perturbation, tried until the model agrees
 
 
 class Cost(NamedTuple):
@@ -96,6 +99,8 @@ class Judge:
         else:
             threat = row.threat.given(clean=batch.clean, writable=batch.writable)
             returned, cost = self._attack(row, batch)
+            if trait(row.attack, "roams", False):
+                returned = self._firm(row, batch, returned)
             specs = self.reader.model.specs
             found = audit.violations(batch.inputs, returned, threat, specs, batch.writable, bounded=not row.smallest)
             gauge = threat.gauge(batch.inputs, returned)
@@ -133,6 +138,34 @@ class Judge:
             **self._sizes(row, batch, returned),
         }
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def _firm(self, row: Condition, batch: Batch, returned: Inputs) -> Inputs:
+        """What a minimum-norm attack returned, a little longer where the model itself does not agree that it is enough.
+
+        Such an attack ends a hair beyond the boundary of its own, prepared copy; the model may round otherwise, and a clip
+        that breaks would count as one that stands. Nothing leaves its budget for it.
+        """
+        assert row.threat is not None
+        threat, goal = row.threat.given(writable=batch.writable), self.reader.goal.given(batch.clean)
+        delta = {m: returned[m] - batch.inputs[m] for m in row.attacked}
+        moved = torch.stack([d.flatten(1).abs().amax(1) > 0 for d in delta.values()]).any(0)
+        for factor in FIRMER:
+            scored = self.reader.score(returned, batch.ids, f"{row.key} firm {factor}")
+            missed = moved & ~goal.reached(scored, batch.labels)
+            if not missed.any():
+                break
+            longer = {m: batch.inputs[m] + factor * d for m, d in delta.items()}
+            if row.smallest:
+                longer = {m: x.clamp(threat.budgets[m].low, threat.budgets[m].high) for m, x in longer.items()}
+            else:
+                longer = threat.project(batch.inputs, {**batch.inputs, **longer})
+            chosen = {
+                m: torch.where(missed.reshape(-1, *[1] * (x.ndim - 1)), longer[m], x)
+                for m, x in returned.items()
+                if m in delta
+            }
+            returned = {**returned, **chosen}
+        return returned
 
     def _fools_source(self, row: Condition, batch: Batch, returned: Inputs) -> Sequence[bool | None]:
         """Whether a transfer attack's examples do to their source what they should do to the model."""

@@ -117,6 +117,8 @@ class Ledger:
             record = json.loads(path.read_bytes())
             found = record["identity"]["conditions"]
             record["identity"]["specs"], record["identity"]["label_kind"]
+            for described in found.values():
+                described["after"], described["brief"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is not the record of a run, or of one by an older robustav: choose another folder"

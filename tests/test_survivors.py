@@ -230,6 +230,61 @@ def test_the_smallest_budget_of_every_clip_gives_the_curve(tmp_path):
     assert '"at_95"' in as_json(report)
 
 
+@dataclass(frozen=True)
+class Hair(Bisection):
+    """What it finds, a hair short of the boundary: as if its copy of the model had rounded otherwise."""
+
+    short: float = 0.998
+    roams: ClassVar[bool] = True
+
+    def smallest(self, model, inputs, labels, threat, *, draws):
+        found = Exact().smallest(model, inputs, labels, threat, draws=draws)
+        return {m: x + self.short * (found[m] - x) for m, x in inputs.items()}
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The boundary along the FGSM direction, to a millionth."""
+
+    def smallest(self, model, inputs, labels, threat, *, draws):
+        low, high = torch.zeros(len(labels)), torch.full((len(labels),), 40.0)
+        step = FGSM()(model, inputs, labels, threat, draws=draws)
+
+        def along(share):
+            return {m: (x + share.reshape(-1, *[1] * (x.ndim - 1)) * (step[m] - x)) for m, x in inputs.items()}
+
+        for _ in range(30):
+            middle = (low + high) / 2
+            now = look(model, along(middle), labels, threat).reached
+            low, high = torch.where(now, low, middle), torch.where(now, middle, high)
+        return along(high)
+
+
+def test_a_smallest_budget_a_hair_short_is_lengthened_until_the_model_agrees(tmp_path):
+    """Or a clip that breaks under a tiny budget would stand under every."""
+    model = tiny_fusion()
+    wide = {m: replace(spec, low=-99.0, high=99.0) for m, spec in model.specs.items()}
+    model.specs = wide
+    rows = conditions(
+        [Member("smallest", Hair(), smallest=True)], parse_epsilons(["0.1"], wide), Untargeted(), [("audio",)]
+    )
+    ledger = evaluate(
+        model, TinySamples(44), rows, Untargeted(), tmp_path / "a", settings=Settings(device="cpu", probed=0)
+    )
+    found = ledger.read("smallest-audio-0")
+    rows = conditions(
+        [Member("smallest", Hair(1.00001), smallest=True)], parse_epsilons(["0.1"], wide), Untargeted(), [("audio",)]
+    )
+    true = evaluate(
+        model, TinySamples(44), rows, Untargeted(), tmp_path / "b", settings=Settings(device="cpu", probed=0)
+    ).read("smallest-audio-0")
+    breakable = true["reached"] & (true["gauge"] > 0)
+    assert breakable.sum() > 10
+    assert found.loc[breakable, "reached"].all()
+    ratio = found.loc[breakable, "gauge"] / true.loc[breakable, "gauge"]
+    assert ((ratio >= 0.9999) & (ratio < 1.012)).all()
+
+
 def test_an_attack_that_cannot_look_for_the_smallest_budget_says_so():
     with pytest.raises(ValueError, match="looks for the smallest budget, but its attack cannot"):
         conditions([Member("smallest", PGD(), smallest=True)], parse_epsilons(["0.1"], SPECS), Untargeted())
