@@ -70,6 +70,7 @@ class Condition:
             "brief": brief(self.attack) if self.attack else "",
             "knowledge": self.knowledge if self.attack else "",
             "roams": trait(self.attack, "roams", False),
+            "search": trait(self.attack, "survivors", False),
             "after": list(self.after),
             "source": f"{self.source.name} ({self.source.weights[:12]})" if self.source else "",
             "smallest": self.smallest,

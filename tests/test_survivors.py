@@ -11,6 +11,7 @@ from conftest import TinySamples, batch_of, tiny_fusion, tiny_specs
 
 from robustav.attacks import FGSM, PGD, Noise
 from robustav.attacks.ascent import look
+from robustav.attacks.universal import Universal
 from robustav.classifier import LateFusion
 from robustav.goals import Untargeted
 from robustav.harness import Settings, evaluate
@@ -142,6 +143,19 @@ def test_what_is_no_score_where_clips_were_spared_is_left_out(tmp_path):
         table.loc["search", "success"] * table.loc["clean", "top1"]), abs=1e-9)  # fmt: skip
     assert "| + search |" in markdown(made)
     assert "| worst case |" in markdown(made)
+
+
+@pytest.mark.parametrize(("score", "printed"), [("mAP", True), ("hits", False)])
+def test_the_worst_case_has_an_map_only_where_every_ascent_saw_every_clip(tmp_path, score, printed):
+    goal = Untargeted()
+    rows = conditions({"pgd": PGD(2), "search": Search()}, parse_epsilons(["0.05"], SPECS), goal, [("audio",)], score)
+    universal = Universal({"audio": torch.full((64,), 0.05)})
+    rows.append(replace(CLEAN, name="universal", attacked=("audio",), attack=universal, threat=rows[1].threat))
+    ledger = evaluate(tiny_fusion(), TinySamples(44), rows, goal, tmp_path, settings=Settings(device="cpu", probed=0))
+    table = build([ledger]).table.set_index("condition")
+    assert pd.notna(table.loc["worst case", "mAP"]) == printed
+    assert pd.notna(table.loc["universal", "mAP"])
+    assert pd.notna(table.loc["worst case", "success"])
 
 
 def test_a_point_that_failed_the_audit_settles_nothing(tmp_path):

@@ -129,7 +129,9 @@ def _build_one(ledger: Ledger, run: str) -> Report:
             members = [CLEAN.key] + [key for key, d in bounded.items() if set(d["attacked"]) <= set(attacked)]
             seconds = sum(ledger.seconds(key) for key in members)
             attacks = [bounded[key] for key in members[1:] if bounded[key]["knowledge"] != "nothing"]
-            spared = bool(attacks) and all(d["after"] for d in attacks)
+            # Where ascents spared clips, or there was none, no score but success says how bad the worst is.
+            ascents = [bool(d["after"]) for d in attacks if not d["search"]]
+            spared = bool(attacks) and (any(ascents) or not ascents)
             worst = worst_case([frames[key] for key in members])
             rows.append(scorer.row(worst, WORST, attacked, level, budget, seconds, spared))
     table = pd.DataFrame(rows)
