@@ -1,11 +1,11 @@
 """One evaluation from start to end, in the words of the command line: what is asked, and the run that answers it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from robustav.attacks import ATTACKS, FMN, Attack, MomentumFGSM, Restarts
+from robustav.attacks import ATTACKS, FMN, Attack, MomentumFGSM, Restarts, innermost
 from robustav.bridges import Bridge, parse_bridge
 from robustav.classifier import Classifier
 from robustav.data.samples import Progress
@@ -15,8 +15,8 @@ from robustav.harness import Settings, evaluate
 from robustav.ledger import Ledger, digest_of_model
 from robustav.lessons import UNIVERSAL, universal_rows
 from robustav.models.zoo import load_model
-from robustav.plan import Member, Score, Source, conditions
-from robustav.suites import SUITES, has_setting, members, with_settings
+from robustav.plan import Condition, Member, Score, Source, conditions
+from robustav.suites import SUITES, averaging, has_setting, members, with_settings
 from robustav.threat import parse_epsilons
 
 
@@ -98,26 +98,38 @@ class Evaluation:
         score = self.score or ("mAP" if model.label_kind == "multilabel" else "hits")
         epsilons = parse_epsilons(list(self.eps), model.specs, self.norm)
         sets = self._sets(sorted(model.specs))
-        rows = conditions(self.members(model, goal, score), epsilons, goal, sets, score)
-        if sets is None:  # peers attack one modality at a time; they refuse several only where those were asked for
-            rows = [row for row in rows if len(row.attacked) < 2 or not isinstance(row.attack, Bridge)]
         samples, quick_look = load_samples(self.data, model, progress)
         limit = quick_look if self.limit is None else self.limit or None
         settings = settings or Settings()
+
+        def wanted(row: Condition) -> bool:
+            """A suite leaves out what cannot handle a threat; peers, which attack one modality at a time, where nobody
+            asked for several. What was named and cannot is an error."""
+            alone = sets is None and isinstance(innermost(row.attack), Bridge)
+            return len(row.attacked) < 2 if alone else bool(self.attacks) or row.smallest or row.fits(model)
+
+        rows = conditions(self.members(model, goal, score), epsilons, goal, sets, score, wanted)
         if UNIVERSAL in self.attacks:
-            rows += universal_rows(model, goal, epsilons, sets, self.data, self.learn_on, settings, self.seed, progress)
+            rows += universal_rows(
+                model, goal, epsilons, sets, self.data, samples, self.learn_on, settings, self.seed, progress
+            )
         return evaluate(model, samples, rows, goal, out, seed=self.seed, limit=limit, about=about, settings=settings)
 
     def members(self, model: Classifier, goal: Goal, score: Score) -> list[Member]:
         """The attacks of the run in their order, with the settings that were asked for where an attack has them."""
         named = {name: parse_bridge(name) or ATTACKS[name]() for name in self.attacks if name != UNIVERSAL}
-        chosen = named if self.attacks else {**SUITES[self.suite](goal, model), **model.adaptive_attacks()}
-        made = members(self._as_asked(chosen), model, score, self.eot)
+        suite, own = SUITES[self.suite](goal, model), model.adaptive_attacks()
+        if taken := sorted(suite.keys() & own.keys()):
+            raise ValueError(
+                f"the model's adaptive attack {taken[0]!r} has the name of one of the suite: give it another"
+            )
+        made = members(self._as_asked(named if self.attacks else {**suite, **own}), model, score, self.eot)
         if self.source is not None:
             other, about = self._load(self.source, self.source_checkpoint)
-            made.append(Member("transfer", MomentumFGSM(20), Source(about["model"], other, digest_of_model(other))))
+            attack = averaging(MomentumFGSM(self.steps or 20), other, self.eot)
+            made.append(Member("transfer", attack, Source(about["model"], other, digest_of_model(other))))
         if self.smallest:
-            made.append(Member("smallest", FMN(), smallest=True))
+            made.append(Member("smallest", FMN(self.steps or 100), smallest=True))
         return made
 
     def _as_asked(self, attacks: dict[str, Attack]) -> dict[str, Attack]:
@@ -128,11 +140,13 @@ class Evaluation:
         if self.steps is not None:
             attacks = {name: with_settings(attack, steps=self.steps) for name, attack in attacks.items()}
         if self.restarts > 1:
-            attacks = {
-                name: Restarts(attack, self.restarts) if hasattr(attack, "random_start") else attack
-                for name, attack in attacks.items()
-            }
+            attacks = {name: self._restarted(attack) for name, attack in attacks.items()}
         return attacks
+
+    def _restarted(self, attack: Attack) -> Attack:
+        if isinstance(attack, Restarts):
+            return replace(attack, times=self.restarts)
+        return Restarts(attack, self.restarts) if hasattr(attack, "random_start") else attack
 
     def _load(self, model: str | Classifier, checkpoint: Path | None) -> tuple[Classifier, dict[str, Any]]:
         if isinstance(model, Classifier):

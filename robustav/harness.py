@@ -15,7 +15,7 @@ import torch
 from robustav import keep
 from robustav.classifier import Classifier
 from robustav.data.samples import Progress, Samples
-from robustav.flags import Flag, probe
+from robustav.flags import probe
 from robustav.goals import Goal
 from robustav.judge import Judge
 from robustav.ledger import Ledger, digest_of, digest_of_model, schema
@@ -112,7 +112,7 @@ def evaluate(
     index, count = settings.shard
     kept = frozenset(samples.ids[i] for i in chosen[: settings.keep])
     reader = Reader(model, samples, goal, batch_size, device, settings.strict, seed)
-    sources = {row.source.name: row.source.model for row in rows if row.source}
+    sources = {row.source.weights: row.source.model for row in rows if row.source}
     with ExitStack() as stack:
         for evaluated in (model, *sources.values()):
             stack.enter_context(as_evaluated(evaluated, device))
@@ -123,7 +123,7 @@ def evaluate(
             ]
         judge = Judge(replace(reader, goal=goal), seed, ledger, kept)
         if index == 0 and settings.probed and not ledger.has_flags():
-            ledger.write_flags(_doubts(judge, rows, chosen[: settings.probed]))
+            _look(judge, rows, parts, settings.probed)
         mine = [(n, part) for n, part in enumerate(parts) if n % count == index]
         _run(judge, rows, mine, settings.progress, settings.spare)
         if digest_of_model(model) != weights:
@@ -143,10 +143,7 @@ def _check(model: Classifier, samples: Samples, rows: Sequence[Condition], goal:
     for row in rows:
         if row.source is not None:
             _check_source(row.source, model, row.attacked)
-        if row.threat is not None and hasattr(
-            row.attack, "check"
-        ):  # what a peer cannot do is said before anything runs
-            row.attack.check(model, row.threat)  # type: ignore[union-attr]
+        row.check(model)
     if seed < 0:
         raise ValueError(f"`seed` must not be negative, got {seed}")
     keys = [row.key for row in rows]
@@ -207,10 +204,15 @@ def _run(
             progress("reading clips", done, total)
             batches, skipped = judge.reader.read(indices)
             _check_resumed(ledger, number, batches)
+        broken: dict[str, dict[str, dict[str, Any]]] = {}  # by condition: what it broke of this part
         for row in missing:
             progress(f"attacking: {row.key}", done, total)
             began = time.perf_counter()
-            settled = ledger.settled(row.after, number) if spare else {}
+            settled: dict[str, dict[str, Any]] = {}
+            for earlier in row.after if spare else ():
+                if earlier not in broken:
+                    broken[earlier] = ledger.broken(earlier, number)
+                settled = {**broken[earlier], **settled}  # the first that broke a clip settles it
             found = judge.judge(row, batches, settled)
             if any(module.training for module in judge.reader.model.modules()):
                 _unsound(ledger, "the model put itself into train mode while it was scored")
@@ -236,15 +238,20 @@ def _learned(reader: Reader, chosen: Sequence[int], size: int, progress: Progres
     return reader.goal.learned(torch.cat(logits), torch.cat(labels))
 
 
-def _doubts(judge: Judge, rows: Sequence[Condition], chosen: Sequence[int]) -> list[Flag]:
-    """What a look at the model itself, under the first epsilon's widest threat, gives reason to doubt."""
+def _look(judge: Judge, rows: Sequence[Condition], parts: Sequence[Sequence[int]], clips: int) -> None:
+    """Keep what a look at the model itself, under the first epsilon's widest threat, gives reason to doubt."""
     threats = [row.threat for row in rows if row.threat is not None and row.level == 0]
-    batches, _ = judge.reader.read(chosen)
+    batches: list[Batch] = []
+    for part in parts:
+        if sum(len(batch.ids) for batch in batches) < clips:
+            batches += judge.reader.read(part)[0]
     if not threats or not batches:
-        return []
+        return
     batch = joined(batches)
+    batch = batch.at(range(min(clips, len(batch.ids))))
     threat = max(threats, key=lambda threat: len(threat.budgets)).given(clean=batch.clean, writable=batch.writable)
-    return probe(judge.reader.model, batch.inputs, batch.labels, threat.goal, threat, seed=judge.seed)
+    model = judge.reader.model
+    judge.ledger.write_flags(probe(model, batch.inputs, batch.labels, threat.goal, threat, seed=judge.seed))
 
 
 def _has(judge: Judge, row: Condition, number: int, indices: Sequence[int]) -> bool:

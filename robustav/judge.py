@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ class Judge:
     seed: int
     ledger: Ledger
     kept: frozenset[str] = frozenset()
-    prepared: dict[str, Classifier] = field(default_factory=dict)  # what attacks see, by the name of its source
+    prepared: dict[str, Classifier] = field(default_factory=dict)  # what attacks see, by the weights of its source
     agreed: set[tuple[str, ...]] = field(default_factory=set)  # attacked sets whose view was held against the model
 
     def judge(
@@ -168,13 +168,19 @@ class Judge:
         return returned
 
     def _fools_source(self, row: Condition, batch: Batch, returned: Inputs) -> Sequence[bool | None]:
-        """Whether a transfer attack's examples do to their source what they should do to the model."""
+        """Whether a transfer attack's examples do to their source what they should do to the model; None for clips that the
+        source has wrong as they are."""
         if row.source is None:
             return [None] * len(batch.ids)
-        source = row.source.model
-        with torch.no_grad():
-            clean, now = (source.trace({m: x[m] for m in source.specs}) for x in (batch.inputs, returned))
-        return self.reader.goal.given(clean).reached(now, batch.labels).tolist()
+        reader = replace(self.reader, model=row.source.model)
+
+        def verdict(inputs: Inputs, purpose: str, given: Trace | None = None) -> tuple[Trace, Tensor]:
+            scored = reader.score({m: inputs[m] for m in reader.model.specs}, batch.ids, f"{row.key} source {purpose}")
+            return scored, self.reader.goal.given(given or scored).reached(scored, batch.labels)
+
+        clean, wrong = verdict(batch.inputs, "clean")
+        _, reached = verdict(returned, "returned", clean)
+        return [None if before else now for before, now in zip(wrong.tolist(), reached.tolist(), strict=True)]
 
     def _score_again(self, inputs: Inputs, ids: Sequence[str], purpose: str) -> Trace:
         """The same clips in other company: every second one, then the rest.
@@ -199,7 +205,7 @@ class Judge:
 
     def _seen(self, row: Condition, batch: Batch) -> Classifier:
         """What the attack sees: the model, its declared stand-in, or the source of a transfer attack, made ready."""
-        name = row.source.name if row.source else ""
+        name = row.source.weights if row.source else ""
         if name not in self.prepared:
             model = row.source.model if row.source else self.reader.model.surrogate()
             self.prepared[name] = prepare(model, {m: batch.inputs[m] for m in model.specs})
@@ -207,7 +213,7 @@ class Judge:
 
     def _held(self, row: Condition, batch: Batch) -> dict[str, Tensor]:
         """What the attack does not touch: features, encoded once a batch and source; raw where the model is stochastic."""
-        model, name = self._seen(row, batch), row.source.name if row.source else ""
+        model, name = self._seen(row, batch), row.source.weights if row.source else ""
         others = [m for m in model.specs if m not in row.attacked]
         if model.stochastic:
             return {m: batch.inputs[m] for m in others}
@@ -269,7 +275,10 @@ class Judge:
         except FloatingPointError as error:
             raise ValueError(f"{row.key} on clips {batch.ids}: {error}") from error
         returned = {**batch.inputs, **{m: x.detach() for m, x in attacked.items()}}
-        return returned, Cost.of(view.tally)
+        cost = Cost.of(view.tally)
+        if row.source is not None:  # what it met on the way is about the source
+            cost = cost._replace(ever_reached=[False] * len(batch.ids), late_gain=[None] * len(batch.ids))
+        return returned, cost
 
     def _sizes(self, row: Condition, batch: Batch, returned: Inputs) -> dict[str, list[float]]:
         """Measured sizes of the perturbation, for each modality: largest value, length in its norm, SNR."""

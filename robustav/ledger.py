@@ -76,7 +76,7 @@ class Ledger:
         return self.part(condition, part).exists()
 
     def write(self, condition: str, part: int, rows: Sequence[Mapping[str, Any]], columns: pa.Schema) -> None:
-        table = pa.Table.from_pylist([{"condition": condition, **row} for row in rows], schema=columns)
+        table = pa.Table.from_pylist([{**row, "condition": condition} for row in rows], schema=columns)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         write_atomically(self.part(condition, part), sink.getvalue().to_pybytes())
@@ -88,14 +88,12 @@ class Ledger:
     def read_part(self, condition: str, part: int) -> pd.DataFrame:
         return pq.read_table(self.part(condition, part)).to_pandas()
 
-    def settled(self, conditions: Sequence[str], part: int) -> dict[str, dict[str, Any]]:
-        """Sample -> the row of the first of `conditions` that broke it, soundly."""
-        found: dict[str, dict[str, Any]] = {}
-        for condition in conditions:
-            for row in pq.read_table(self.part(condition, part)).to_pylist():
-                if row["skipped"] is None and row["reached"] and not row["violation"]:
-                    found.setdefault(row["sample"], row)
-        return found
+    def broken(self, condition: str, part: int) -> dict[str, dict[str, Any]]:
+        """Sample -> its row, of the clips of a part that a condition broke, soundly."""
+        rows = pq.read_table(self.part(condition, part)).to_pylist()
+        return {
+            row["sample"]: row for row in rows if row["skipped"] is None and row["reached"] and not row["violation"]
+        }
 
     def read(self, condition: str) -> pd.DataFrame:
         """All rows of one condition, in the order of the parts."""

@@ -1,11 +1,15 @@
 """Conditions of universal perturbations: learnt on other clips than they are tried on, with their controls."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
+
+import robustav
 from robustav.attacks.universal import FixedNoise, Shuffled, Universal
 from robustav.classifier import Classifier
 from robustav.data.av_events import cache_dir
-from robustav.data.samples import Progress
+from robustav.data.samples import Progress, Samples
 from robustav.data.sources import DATA, load_samples
 from robustav.goals import Goal
 from robustav.harness import BATCH, Settings, as_evaluated, choose, pick_device
@@ -26,6 +30,7 @@ def universal_rows(
     epsilons: Sequence[Mapping[str, Budget]],
     sets: Sequence[tuple[str, ...]] | None,
     data: str | None,
+    attacked_samples: Samples,
     learn_on: str | None,
     settings: Settings,
     seed: int,
@@ -41,14 +46,25 @@ def universal_rows(
             "a universal perturbation is learnt on other clips than it is tried on: name them with --learn-on"
         )
     source = learn_on or "av-events/train"
-    if source == data:
-        raise ValueError(
-            f"a universal perturbation must be learnt on other clips than it is tried on, got {source!r} for both"
-        )
     samples, _ = load_samples(source, model, progress)
+    if samples.digest == attacked_samples.digest:
+        raise ValueError(
+            f"a universal perturbation must be learnt on other clips than it is tried on, got {samples.name} for both"
+        )
     device = pick_device(settings.device)
     reader = Reader(model, samples, goal, settings.batch_size or BATCH[device.type], device, seed=seed)
     chosen = choose(samples, CLIPS, seed)
+
+    with as_evaluated(model, device):
+        (first, *_), _ = reader.read(chosen[: reader.batch_size])
+        if goal.needs_corpus:
+            batches = [
+                b
+                for i in range(0, len(chosen), reader.batch_size)
+                for b in reader.read(chosen[i : i + reader.batch_size])[0]
+            ]
+            goal = goal.learned(torch.cat([b.clean.logits for b in batches]), torch.cat([b.labels for b in batches]))
+    scores = hashlib.sha256(first.clean.logits.float().cpu().numpy().tobytes()).hexdigest()
 
     def lessons() -> Iterator[Lesson]:
         for i in range(0, len(chosen), reader.batch_size):
@@ -62,7 +78,12 @@ def universal_rows(
                 continue
             threat = ThreatModel({m: budgets[m] for m in attacked}, goal)
             decided = {
-                "weights": digest_of_model(model),
+                "model": [
+                    type(model).__qualname__,
+                    digest_of_model(model),
+                    scores,
+                ],  # scores: code may change, not weights
+                "versions": [robustav.__version__, torch.__version__],
                 "data": samples.digest,
                 "clips": digest_of([samples.ids[i] for i in chosen]),
                 "threat": {m: repr(budget) for m, budget in threat.budgets.items()},

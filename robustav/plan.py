@@ -1,6 +1,6 @@
 """What is done to every clip: the conditions of a report's rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Literal, NamedTuple
@@ -48,6 +48,25 @@ class Condition:
             )
         if self.smallest and not hasattr(self.attack, "smallest"):
             raise ValueError(f"condition {self.name!r} looks for the smallest budget, but its attack cannot")
+
+    def check(self, model: Classifier) -> None:
+        """Raise `ValueError` where the attack cannot handle the threat or the model: said before anything runs."""
+        if self.smallest and model.stochastic:
+            raise ValueError(
+                "a stochastic model has no smallest budget: its boundary is another at every draw. Attack it at several "
+                "epsilons instead"
+            )
+        check = trait(self.attack, "check", None)
+        if check is not None and self.threat is not None:
+            check(model, self.threat)
+
+    def fits(self, model: Classifier) -> bool:
+        """Whether the attack can handle the threat."""
+        try:
+            self.check(model)
+        except ValueError:
+            return False
+        return True
 
     @property
     def key(self) -> str:
@@ -103,12 +122,13 @@ def conditions(
     goal: Goal,
     attacked: Sequence[tuple[str, ...]] | None = None,
     score: Score = "mAP",
+    wanted: Callable[[Condition], bool] = lambda row: True,
 ) -> list[Condition]:
     """Clean, then every epsilon x set of attacked modalities x attack, cheap ones first.
 
     In a joint attack every modality has its full budget. Unless told, every set of the modalities that an epsilon has
     budgets for; of the sets in `attacked`, one that an epsilon does not cover is left out there, and one that none covers
-    raises `ValueError`.
+    raises `ValueError`. Rows that are not `wanted` are left out, and settle nothing.
 
     mAP needs a point of each attack on every clip, so under `score` "mAP" attacks that climb a loss run on all clips, and
     only those that look for one success (`survivors`) spare the clips that a cheaper condition broke. Under "hits" all
@@ -126,7 +146,8 @@ def conditions(
             threat = ThreatModel({m: budgets[m] for m in chosen}, goal)
             for member in members:
                 row = Condition(member.name, tuple(chosen), level, member.attack, threat, (), *member[2:])
-                rows.append(_settled(row, rows, score))
+                if wanted(row):
+                    rows.append(_settled(row, rows, score))
     return rows
 
 

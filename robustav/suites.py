@@ -1,7 +1,7 @@
 """Which attacks an evaluation is made of: from a first look to what it takes to believe a number."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from robustav.attacks import APGD, EOT, FAB, FGSM, FMN, MLALP, PGD, Aimed, Attack, Noise, RayS, Restarts, Square, trait
@@ -25,7 +25,7 @@ def standard(goal: Goal, model: Classifier) -> dict[str, Attack]:
     return {
         "noise": Noise(),
         "fgsm": FGSM(),
-        **_ascents(goal, model, 50),
+        **_ascents(goal, model, 100),
         **_aimed(goal, model, 50, 3),
         "fmn": FMN(steps=50),
         "square": Square(queries=500),
@@ -64,11 +64,16 @@ def members(attacks: Mapping[str, Attack], model: Classifier, score: Score, draw
     for name, attack in attacks.items():
         if score == "hits" or trait(attack, "survivors", False):
             attack = stopping(attack)
-        knows = trait(attack, "knowledge", "gradients")
-        if (model.stochastic or draws) and knows in ("gradients", "scores") and not isinstance(attack, EOT):
-            attack = EOT(attack, draws or DRAWS)
-        made.append(Member(name, attack))
+        made.append(Member(name, averaging(attack, model, draws)))
     return made
+
+
+def averaging(attack: Attack, model: Classifier, draws: int | None) -> Attack:
+    """The attack, seeing the mean of `draws` passes (20 unless told) if the model it attacks is stochastic, or if told."""
+    knows = trait(attack, "knowledge", "gradients")
+    if (model.stochastic or draws) and knows in ("gradients", "scores") and not isinstance(attack, EOT):
+        return EOT(attack, draws or DRAWS)
+    return attack
 
 
 def stopping(attack: Attack) -> Attack:
@@ -79,18 +84,23 @@ def stopping(attack: Attack) -> Attack:
 def with_settings(attack: Attack, **given: Any) -> Attack:
     """The attack with these settings, in itself and in the attacks that it is made of, wherever there are such."""
     changed: dict[str, Any] = {}
-    for field in fields(attack):  # type: ignore[arg-type]
-        if field.name in given:
-            changed[field.name] = given[field.name]
-        elif isinstance(inner := getattr(attack, field.name), Attack):
-            changed[field.name] = with_settings(inner, **given)
+    for name, value in _settings(attack).items():
+        if name in given:
+            changed[name] = given[name]
+        elif isinstance(value, Attack):
+            changed[name] = with_settings(value, **given)
     return replace(attack, **changed) if changed else attack  # type: ignore[type-var]
 
 
 def has_setting(attack: Attack, name: str) -> bool:
     """Whether `with_settings` would change anything."""
-    inner = [getattr(attack, field.name) for field in fields(attack)]  # type: ignore[arg-type]
+    inner = _settings(attack).values()
     return hasattr(attack, name) or any(isinstance(one, Attack) and has_setting(one, name) for one in inner)
+
+
+def _settings(attack: Attack) -> dict[str, Any]:
+    """An attack's fields; none of one that is no dataclass, as a defence's own may be."""
+    return {field.name: getattr(attack, field.name) for field in fields(attack)} if is_dataclass(attack) else {}
 
 
 def _ascents(goal: Goal, model: Classifier, steps: int) -> dict[str, Attack]:

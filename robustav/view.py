@@ -23,12 +23,16 @@ class Tally:
     asked: dict[str, Tensor] = field(init=False)  # forward passes after which a gradient was wanted
     came: dict[str, Tensor] = field(init=False)  # gradients that were not zero
     ever_reached: Tensor = field(init=False)  # 1 where some point on the way reached the goal
-    best: list[Tensor] = field(default_factory=list)  # largest loss so far, after every look
-    worst: Tensor | None = None  # smallest loss ever looked at
+    looks: Tensor = field(init=False)  # how often the clip was looked at
+    best: Tensor = field(init=False)  # largest loss so far after each of the last looks, [batch, LATE + 1], in turn
+    worst: Tensor = field(init=False)  # smallest loss ever looked at
 
     def __post_init__(self) -> None:
         none = torch.zeros(self.size, dtype=torch.int64, device=self.device)
         self.forwards, self.backwards, self.ever_reached = none.clone(), none.clone(), none.clone()
+        self.looks = none.clone()
+        self.best = torch.full((self.size, LATE + 1), -torch.inf, dtype=torch.float64, device=self.device)
+        self.worst = torch.full((self.size,), torch.inf, dtype=torch.float64, device=self.device)
         self.asked = {m: none.clone() for m in self.modalities}
         self.came = {m: none.clone() for m in self.modalities}
 
@@ -41,21 +45,23 @@ class Tally:
         return torch.stack(list(self.zero_by_modality().values())).amax(0)
 
     def hear(self, rows: Tensor, loss: Tensor, reached: Tensor) -> None:
-        """One look: the loss and the verdict of the clips `rows`."""
-        loss = loss.double()
-        if self.worst is None:
-            self.worst = loss.new_full((self.size,), torch.inf)
-        highest = self.best[-1].clone() if self.best else loss.new_full((self.size,), -torch.inf)
-        self.best.append(highest.scatter_reduce_(0, rows, loss, "amax"))
-        self.worst = self.worst.scatter_reduce(0, rows, loss, "amin")
-        self.ever_reached.scatter_reduce_(0, rows, reached.long(), "amax")
+        """One look at the clips `rows`, each named once: the loss and the verdict."""
+        loss, now = loss.double(), self.looks[rows]
+        before = self.best[rows, now % (LATE + 1)]
+        self.best[rows, (now + 1) % (LATE + 1)] = before.maximum(loss)
+        self.worst[rows] = self.worst[rows].minimum(loss)
+        self.looks[rows] = now + 1
+        self.ever_reached[rows] = self.ever_reached[rows].maximum(reached.long())
+
+    def highest(self, ago: int = 0) -> Tensor:
+        """The largest loss of each clip, up to so many looks ago (at most `LATE`); minus infinity where there was none."""
+        clips = torch.arange(self.size, device=self.device)
+        return self.best[clips, (self.looks - ago) % (LATE + 1)]
 
     def late_gain(self) -> Tensor:
-        """Share of the whole gain in loss that came in the last `LATE` looks; nan after fewer than twice as many."""
-        if len(self.best) < 2 * LATE or self.worst is None:
-            return torch.full((self.size,), torch.nan, dtype=torch.float64, device=self.device)
-        last, before = self.best[-1], self.best[-1 - LATE]
-        return (last - before) / (last - self.worst).clamp(min=1e-12)
+        """Share of the whole gain in loss that came in a clip's last `LATE` looks; nan after fewer than twice as many."""
+        last, before = self.highest(), self.highest(LATE)
+        return ((last - before) / (last - self.worst).clamp(min=1e-12)).where(self.looks >= 2 * LATE, torch.nan)
 
 
 class AttackView(Classifier):

@@ -22,6 +22,7 @@ CHECKED = [
     "models.small",
     "metrics",
     "geometry",
+    "ranking",
 ]
 install_import_hook([f"robustav.{name}" for name in CHECKED], "typecheck.checked")
 

@@ -337,3 +337,36 @@ def test_a_header_shows_the_settings_that_are_not_defaults():
     universal = Universal({"audio": torch.ones(3)})
     assert brief(universal) == repr(universal)
     assert repr(APGD(7)) != brief(APGD(7)), "a record keeps every setting"
+
+
+def test_a_tally_counts_the_looks_of_each_clip():
+    """One clip after another tells the same as all at once."""
+    losses = torch.rand(30, 3).cumsum(0) * torch.tensor([1.0, 2.0, 3.0])
+    together, alone, missed = Tally(3, ("audio",)), Tally(3, ("audio",)), torch.zeros(1, dtype=torch.bool)
+    for row in losses:
+        together.hear(torch.arange(3), row, missed.expand(3))
+    for clip in range(3):
+        for row in losses:
+            alone.hear(torch.tensor([clip]), row[clip : clip + 1], missed)
+    best = losses.cummax(0).values.double()
+    expected = (best[-1] - best[-11]) / (best[-1] - losses.double().amin(0))
+    torch.testing.assert_close(together.late_gain(), expected)
+    torch.testing.assert_close(alone.late_gain(), expected)
+    short = Tally(1, ("audio",))
+    for row in losses[:19]:
+        short.hear(torch.tensor([0]), row[:1], missed)
+    assert short.late_gain().isnan().all()
+
+
+def test_restarts_leave_alone_what_is_broken(inputs):
+    model, goal = tiny_fusion("multiclass"), Untargeted("multiclass")
+    labels, threat = model(inputs).argmax(1), threat_of("linf", goal=goal, epsilon=0.05)
+    whole, stopped = Restarts(PGD(2), 4), Restarts(PGD(2), 4, stop=True)
+    tally = Tally(6, ("audio", "visual"))
+    view = AttackView(model, ("audio", "visual"), {}, tally)
+    left = look(model, run(whole, model, inputs, labels, threat), labels, threat).reached
+    right = look(model, run(stopped, view, inputs, labels, threat), labels, threat).reached
+    assert torch.equal(left, right)
+    assert 0 < left.sum() < 6
+    assert len(set(tally.forwards.tolist())) > 1
+    assert (tally.forwards[~left] == 4 * 4).all()

@@ -111,7 +111,7 @@ def test_a_universal_perturbation_is_learnt_once_on_other_clips(tmp_path, monkey
     monkeypatch.setattr(lessons, "learn", None)  # a second run finds what the first learnt
     again = evaluation.run(tmp_path / "b", Settings(probed=0)).record()["identity"]["conditions"]
     assert again == rows
-    with pytest.raises(ValueError, match="learnt on other clips than it is tried on, got 'av-events/test' for both"):
+    with pytest.raises(ValueError, match="learnt on other clips than it is tried on, got av-events/test for both"):
         Evaluation("visual-cnn", data="av-events/test", learn_on="av-events/test", attacks="universal").run(
             tmp_path / "c"
         )

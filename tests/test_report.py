@@ -278,6 +278,9 @@ def test_probabilities_in_place_of_logits_are_pointed_out(tmp_path):
     ledger = run(tmp_path, model, TinySamples(30), rows_for({"fgsm": FGSM()}), probed=16)
     assert "PROBABILITIES" in set(build([ledger]).flags["name"])
     assert "PROBABILITIES" in {flag[0] for flag in json.loads((tmp_path / "flags.json").read_text())}
+    assert not any("was not looked at" in note for note in build([ledger]).notes)
+    (tmp_path / "flags.json").unlink()
+    assert any("The model itself was not looked at" in note for note in build([ledger]).notes)
 
 
 def test_a_ranking_loss_under_a_top1_rule_is_pointed_out(tmp_path):

@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import TinySamples, batch_of, tiny_fusion, tiny_specs
 
-from robustav.attacks import FGSM, PGD, Noise
+from robustav.attacks import EOT, FGSM, PGD, Noise
 from robustav.attacks.ascent import look
 from robustav.attacks.universal import Universal
 from robustav.classifier import LateFusion
+from robustav.evaluation import Evaluation
 from robustav.goals import Untargeted
 from robustav.harness import Settings, evaluate
 from robustav.ledger import digest_of_model
@@ -113,6 +114,7 @@ def test_under_hits_a_larger_epsilon_spares_what_a_smaller_one_broke(tmp_path):
     assert (large["reached"] | ~small["reached"]).all()  # monotone by construction
     again = small["reached"] & (large["settled"] == "pgd-audio-0")
     assert again.sum() + (large["settled"] == "clean").sum() == small["reached"].sum() > 0
+    assert set(large["condition"]) == {"pgd-audio-1"}, "a row is of the condition that it stands under"
 
 
 def test_epsilons_that_do_not_contain_each_other_settle_nothing():
@@ -208,7 +210,13 @@ def test_transfer_attacks_the_source_and_is_judged_on_the_model(tmp_path):
     labels = [list(row) for row in rows["labels"]]
     fooled = [top not in known for top, known in zip(source(stacked).argmax(1).tolist(), labels, strict=True)]
     judged = [top not in known for top, known in zip(tiny_fusion()(stacked).argmax(1).tolist(), labels, strict=True)]
-    assert rows["reached_source"].tolist() == fooled
+    samples = TinySamples(44)
+    clean = torch.stack([source({m: x[None] for m, x in samples.load(i).inputs.items()})[0] for i in range(44)])
+    wrong = [top not in known for top, known in zip(clean.argmax(1).tolist(), labels, strict=True)]
+    expected = [None if before else now for before, now in zip(wrong, fooled, strict=True)]
+    assert [None if pd.isna(value) else bool(value) for value in rows["reached_source"]] == expected
+    assert True in expected
+    assert not rows["ever_reached"].any(), "what it met on the way was the source's"
     assert rows["reached"].tolist() == judged
     assert fooled != judged
     assert ledger.read("pgd-audio-0")["reached_source"].isna().all()
@@ -325,13 +333,19 @@ def test_a_stochastic_model_is_judged_by_the_mean_of_its_draws_and_runs_repeat(t
 
     models = {name: noisy() for name in "ab"}
     before = torch.get_rng_state()
-    one, two = (evaluated(tmp_path / name, {"pgd": PGD(3)}, model=model) for name, model in models.items())
+    members = Evaluation(attacks="pgd", steps=3).members(models["a"], Untargeted(), "mAP")
+    assert [member.attack for member in members] == [EOT(PGD(3), 20)]
+    one, two = (
+        evaluated(tmp_path / name, members, attacked=[("audio",)], model=model) for name, model in models.items()
+    )
     assert torch.equal(torch.get_rng_state(), before)
     for key in one.record()["identity"]["conditions"]:
         left, right = one.read(key), two.read(key)
         np.testing.assert_array_equal(np.stack(left["logits"]), np.stack(right["logits"]))
         assert (left["violation"] == "").all()
         assert (left["rescore_gap"] > 0).all()
+    with pytest.raises(ValueError, match="a stochastic model has no smallest budget"):
+        evaluated(tmp_path / "c", [Member("smallest", Bisection(), smallest=True)], model=models["a"])
     inputs = batch_of(SPECS, 1)
     spread = torch.stack([models["a"](inputs) for _ in range(100)]).std(0).mean().item()
     assert one.read(CLEAN.key)["rescore_gap"].mean() < 2.5 * spread  # means over 20 draws, the largest of 3 classes

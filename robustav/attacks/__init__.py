@@ -2,7 +2,7 @@
 
 from robustav.attacks.aimed import Aimed
 from robustav.attacks.apgd import APGD
-from robustav.attacks.attack import Attack, brief, trait
+from robustav.attacks.attack import Attack, brief, innermost, trait
 from robustav.attacks.eot import EOT
 from robustav.attacks.fab import FAB
 from robustav.attacks.fgsm import FGSM
@@ -30,4 +30,4 @@ ATTACKS: dict[str, type[Attack]] = {
 }
 
 __all__ = ["APGD", "ATTACKS", "EOT", "FAB", "FGSM", "FMN", "MLALP", "PGD", "Aimed", "Attack", "MomentumFGSM", "Noise"]
-__all__ += ["RayS", "Restarts", "Square", "brief", "trait"]
+__all__ += ["RayS", "Restarts", "Square", "brief", "innermost", "trait"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from robustav.attacks.apgd import APGD
-from robustav.attacks.ascent import Point, Pursuit, look, put
+from robustav.attacks.ascent import Pursuit, look, merged
 from robustav.classifier import Classifier, Inputs
 from robustav.goals import Untargeted
 from robustav.losses import aimed_margin, multi_hot, targeted_dlr
@@ -37,14 +37,18 @@ class Aimed:
         if self.aims < 1:
             raise ValueError(f"`aims` must be at least 1, got {self.aims}")
 
-    def __call__(
-        self, model: Classifier, inputs: Inputs, labels: Tensor, threat: ThreatModel, *, draws: Draws
-    ) -> Inputs:
+    def check(self, model: Classifier, threat: ThreatModel) -> None:
+        """Raise `ValueError` for a goal that is not any mistake."""
         if not isinstance(threat.goal, Untargeted):
             raise ValueError(
                 f"`threat.goal` must be Untargeted for an attack that chooses its own aims, got "
                 f"{type(threat.goal).__name__}: use APGD, which climbs that goal's loss"
             )
+
+    def __call__(
+        self, model: Classifier, inputs: Inputs, labels: Tensor, threat: ThreatModel, *, draws: Draws
+    ) -> Inputs:
+        self.check(model, threat)
         loss = targeted_dlr if threat.goal.label_kind == "multiclass" else aimed_margin
         with torch.no_grad():
             scores = model.trace(inputs).logits
@@ -64,13 +68,3 @@ class Aimed:
             best = here if best is None else merged(best, rows, here)
         assert best is not None
         return best.inputs
-
-
-def merged(best: Point, rows: Tensor, here: Point) -> Point:
-    """`best`, or what was found for the clips `rows` where that is better."""
-    kept = Point({m: x[rows] for m, x in best.inputs.items()}, best.loss[rows], best.reached[rows]).or_better(here)
-    return Point(
-        put(best.inputs, rows, kept.inputs),
-        best.loss.index_copy(0, rows, kept.loss),
-        best.reached.index_copy(0, rows, kept.reached),
-    )

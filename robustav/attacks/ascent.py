@@ -53,6 +53,16 @@ def put(whole: Inputs, rows: Tensor, part: Inputs) -> Inputs:
     return {m: x.index_copy(0, rows, part[m]) if part[m] is not x else x for m, x in whole.items()}
 
 
+def merged(best: Point, rows: Tensor, here: Point) -> Point:
+    """`best`, or what was found for the clips `rows` where that is better."""
+    kept = Point({m: x[rows] for m, x in best.inputs.items()}, best.loss[rows], best.reached[rows]).or_better(here)
+    return Point(
+        put(best.inputs, rows, kept.inputs),
+        best.loss.index_copy(0, rows, kept.loss),
+        best.reached.index_copy(0, rows, kept.reached),
+    )
+
+
 def look(model: Classifier, inputs: Inputs, labels: Tensor, threat: ThreatModel) -> Point:
     """Loss and verdict of the goal, without a gradient."""
     with torch.no_grad():

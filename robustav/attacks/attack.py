@@ -34,6 +34,12 @@ def trait(attack: object, name: str, default: Any) -> Any:
     return getattr(attack, name) if hasattr(attack, name) else default if inner is None else trait(inner, name, default)
 
 
+def innermost(attack: object) -> object:
+    """The attack inside all that is wrapped around it."""
+    inner = getattr(attack, "attack", None)
+    return attack if inner is None else innermost(inner)
+
+
 def brief(attack: object) -> str:
     """An attack by its class and those settings that are not its defaults, as a report's header shows it."""
     if not is_dataclass(attack):

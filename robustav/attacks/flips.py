@@ -70,8 +70,7 @@ def flips(goal: Goal, logits: Tensor, labels: Tensor, rivals: int, most: int) ->
     `most` classes that are furthest from it stand for the rest, which later logits may bring in. Raises `ValueError`
     for a goal that is not in `FLIPS`, and where one way alone needs more than `most` classes.
     """
-    if type(goal) not in FLIPS:
-        raise ValueError(f"goal {type(goal).__name__} is no set of linear inequalities that this attack knows")
+    check_goal(goal)
     found = [FLIPS[type(goal)](goal, clip, rivals, most) for clip in clips(_inner(goal), logits, labels)]
     if (widest := max((len(one.classes) for one in found), default=0)) > most:
         raise ValueError(
@@ -79,6 +78,12 @@ def flips(goal: Goal, logits: Tensor, labels: Tensor, rivals: int, most: int) ->
             "raise it at the price of a backward pass each, or choose an attack that climbs a loss"
         )
     return found
+
+
+def check_goal(goal: Goal) -> None:
+    """Raise `ValueError` for a goal that is not in `FLIPS`."""
+    if type(goal) not in FLIPS:
+        raise ValueError(f"goal {type(goal).__name__} is no set of linear inequalities that this attack knows")
 
 
 def _inner(goal: Goal) -> Goal:

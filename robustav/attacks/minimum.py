@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustav.attacks.ascent import Point, Pursuit, climb, look, put
 from robustav.classifier import Classifier, Inputs
-from robustav.goals import Goal, Hide, Inject, Targeted, label_set
+from robustav.goals import OWN, Goal, Hide, Inject, Targeted, label_set
 from robustav.losses import Logits, margin, multi_hot, top1_margin
 from robustav.norms import Draws, per_sample
 from robustav.threat import ThreatModel
@@ -39,12 +39,24 @@ def crossing(goal: Goal, labels: Tensor) -> Crossing:
     if "success" in goal.__dataclass_fields__:
         return _of_success(goal, labels)
     if type(goal) not in CROSSINGS:
-        known = sorted(kind.__name__ for kind in CROSSINGS)
-        raise ValueError(
-            f"a minimum-norm attack needs a margin that crosses zero where the goal is reached: known for goals with a "
-            f"`success` rule and for {known}, got {type(goal).__name__}: use an attack on the goal's own loss"
-        )
+        raise unknown_margin(goal)
+    if isinstance(goal, Hide) and goal.chosen == OWN:
+        level = _logit(goal.threshold)
+
+        def hidden(logits: Tensor, of: Tensor) -> Tensor:
+            return level - logits.masked_fill(of <= 0.5, -math.inf).amax(1)
+
+        return Crossing(labels, hidden, lambda logits, of: hidden(logits, of)[:, None])
     return _one_way(labels, CROSSINGS[type(goal)](goal))
+
+
+def unknown_margin(goal: Goal) -> ValueError:
+    """The error for a goal without a margin."""
+    known = sorted(kind.__name__ for kind in CROSSINGS)
+    return ValueError(
+        f"a minimum-norm attack needs a margin that crosses zero where the goal is reached: known for goals with a "
+        f"`success` rule and for {known}, got {type(goal).__name__}: use an attack on the goal's own loss"
+    )
 
 
 def _of_success(goal: Any, labels: Tensor) -> Crossing:
@@ -148,6 +160,11 @@ class MinimumNorm(ABC):
     roams: ClassVar[bool] = True
     survivors: ClassVar[bool] = True
     stop: bool
+
+    def check(self, model: Classifier, threat: ThreatModel) -> None:
+        """Raise `ValueError` for a goal that no margin decides."""
+        if "success" not in threat.goal.__dataclass_fields__ and type(threat.goal) not in CROSSINGS:
+            raise unknown_margin(threat.goal)
 
     @abstractmethod
     def pursue(self, chase: Pursuit, towards: Crossing, enough: float) -> Nearest:

@@ -11,7 +11,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from robustav.attacks.ascent import Point, Pursuit, put
-from robustav.attacks.flips import Flips, Way, flips
+from robustav.attacks.flips import Flips, Way, check_goal, flips
 from robustav.attacks.pgd import check_steps
 from robustav.classifier import Classifier, Inputs, Trace
 from robustav.norms import Draws, per_sample
@@ -57,6 +57,10 @@ class MLALP:
         for name in ("rivals", "rows", "cuts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+
+    def check(self, model: Classifier, threat: ThreatModel) -> None:
+        """Raise `ValueError` for a goal that is no set of linear inequalities."""
+        check_goal(threat.goal)
 
     def __call__(
         self, model: Classifier, inputs: Inputs, labels: Tensor, threat: ThreatModel, *, draws: Draws

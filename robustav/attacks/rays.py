@@ -45,6 +45,10 @@ class RayS:
         if not 0 < self.precision < 1:
             raise ValueError(f"`precision` must lie between 0 and 1, got {self.precision}")
 
+    def check(self, model: Classifier, threat: ThreatModel) -> None:
+        """Raise `ValueError` for a norm in which signs are no good."""
+        check_norms(threat)
+
     def __call__(
         self, model: Classifier, inputs: Inputs, labels: Tensor, threat: ThreatModel, *, draws: Draws
     ) -> Inputs:

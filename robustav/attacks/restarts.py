@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from robustav.attacks.ascent import look
+from robustav.attacks.ascent import Point, Pursuit, look, merged
 from robustav.attacks.attack import Attack
 from robustav.classifier import Classifier, Inputs
 from robustav.norms import Draws
@@ -15,11 +15,13 @@ from robustav.threat import ThreatModel
 class Restarts:
     """Run `attack` `times` times on fresh draws; the first run is what the attack alone would do.
 
-    The best is chosen sample by sample, so that more restarts never lose a success.
+    The best is chosen sample by sample, so that more restarts never lose a success. With `stop`, clips that have one are
+    not tried again.
     """
 
     attack: Attack
     times: int = 5
+    stop: bool = False
 
     def __post_init__(self) -> None:
         if self.times < 1:
@@ -28,10 +30,19 @@ class Restarts:
     def __call__(
         self, model: Classifier, inputs: Inputs, labels: Tensor, threat: ThreatModel, *, draws: Draws
     ) -> Inputs:
-        best = None
+        best, clips = None, Pursuit(model, inputs, labels, threat, draws)
         for _ in range(self.times):
-            tried = self.attack(model, inputs, labels, threat, draws=draws)
-            here = look(model, tried, labels, threat)
-            best = best.or_better(here) if best else here
+            if best is not None and self.stop and best.reached.any():
+                rows = (~best.reached).nonzero().flatten()
+                if not len(rows):
+                    break
+                best = merged(best, rows, self._once(clips.at(rows)))
+            else:
+                here = self._once(clips)
+                best = best.or_better(here) if best else here
         assert best is not None
         return best.inputs
+
+    def _once(self, clips: Pursuit) -> Point:
+        tried = self.attack(clips.model, clips.inputs, clips.labels, clips.threat, draws=clips.draws)
+        return look(clips.model, tried, clips.labels, clips.threat)

@@ -50,6 +50,10 @@ class Square:
         if self.loss and self.loss not in LOSSES:
             raise ValueError(f"`loss` must be one of {sorted(LOSSES)}, or empty for a margin, got {self.loss!r}")
 
+    def check(self, model: Classifier, threat: ThreatModel) -> None:
+        """Raise `ValueError` for a norm in which signs are no good."""
+        check_norms(threat)
+
     def __call__(
         self, model: Classifier, inputs: Inputs, labels: Tensor, threat: ThreatModel, *, draws: Draws
     ) -> Inputs:

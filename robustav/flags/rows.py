@@ -171,7 +171,9 @@ def zero_gradients(row: Row) -> list[Flag]:
 
 def silent_success(row: Row) -> list[Flag]:
     """SILENT-SUCCESS."""
-    if row.described.get("roams"):
+    if (
+        row.described.get("roams") or row.knowledge == "transfer"
+    ):  # what it passed by was not this model's, or no budget's
         return []
     lost = int((row.truths("ever_reached") & ~row.reached & row.tried).sum())
     if not _beyond_rounding(lost, len(row.fair)):
@@ -187,7 +189,9 @@ def not_converged(group: Sequence[Row]) -> list[Flag]:
 
     Raised when success would leave its own 95 % interval if all of those clips fell, and they are more than chance.
     """
-    attacks = [row for row in group if row.knowledge == "gradients"]
+    # A search goes from one loss to another, and a minimum-norm attack out of the budget: their losses tell nothing.
+    told = [row for row in group if not row.described.get("roams") and not row.described.get("search")]
+    attacks = [row for row in told if row.knowledge == "gradients"]
     heard = [row for row in attacks if np.isfinite(row.numbers("late_gain")[row.tried & ~row.reached]).any()]
     if not heard:
         return []

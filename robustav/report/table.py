@@ -145,7 +145,10 @@ def _build_one(ledger: Ledger, run: str) -> Report:
     flags = pd.DataFrame([*ledger.flags(), *inspect(looked, described, clean)], columns=Flag._fields)
     flags.insert(0, "run", run)
     header = {run: header_of(record, len(clean), failed)}
-    notes = notes_of(record, table, clean, scorer.fair_game, scorer.hittable, scorer.clean.dropped, len(scorer.weights))
+    notes = [] if ledger.has_flags() else ["The model itself was not looked at: flags are those of the attacks alone."]
+    notes += notes_of(
+        record, table, clean, scorer.fair_game, scorer.hittable, scorer.clean.dropped, len(scorer.weights)
+    )
     return Report(header, table, smallest, flags, notes, left_out, failed)
 
 
@@ -220,9 +223,7 @@ class _Scorer:
             self.decided.add("drop")
         self.samples = clean["sample"]
         # Labels that may be hidden: those that the goal is about, detected at the thresholds that suit the clean scores.
-        about = np.isin(
-            np.arange(self.labels.shape[1]), list(identity["goal"].get("chosen") or range(self.labels.shape[1]))
-        )
+        about = np.isin(np.arange(self.labels.shape[1]), _chosen(identity))
         self.hideable = self.labels * about.astype(np.int8)
         self.untouched = self._logits(clean)
         self.thresholds = f1_thresholds(self.untouched, self.hideable)
@@ -334,6 +335,12 @@ class _Scorer:
     def _bootstrapped(self, ends: Interval, low: float = -np.inf, high: float = np.inf) -> Sequence[Any]:
         """An interval inside the score's range; none where there are too few clips to draw from."""
         return [np.clip(end, low, high) for end in ends] if len(self.labels) >= FEW_CLIPS else NO_INTERVAL
+
+
+def _chosen(identity: Mapping[str, Any]) -> list[int]:
+    """The classes that the goal is about: those it names, else all."""
+    chosen = identity["goal"].get("chosen")
+    return list(chosen) if isinstance(chosen, list) else list(range(len(identity["classes"])))
 
 
 def _ends(name: str, interval: Sequence[Any]) -> dict[str, float]:
