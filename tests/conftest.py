@@ -23,6 +23,11 @@ CHECKED = [
     "metrics",
     "geometry",
     "ranking",
+    "mel",
+    "fbank",
+    "published_log_mel",
+    "resample",
+    "image",
 ]
 install_import_hook([f"robustav.{name}" for name in CHECKED], "typecheck.checked")
 
