@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 
 from robustav import audit, keep
 from robustav.classifier import Inputs
@@ -56,6 +57,10 @@ def reexamine(
     where = pick_device(device)
     goal = recorded_goal(identity["goal"])
     reader = Reader(network, samples, goal, 1, where, seed=identity["seed"])
+    # A clip of which any condition kept an example should have one wherever it was attacked.
+    kept = {name for key in identity["conditions"] for name in samples.ids if keep.has(run, key, name)}
+    if not kept:
+        raise ValueError(f"{run} kept no examples: run the same attack again with --keep N")
     lines = []
     with as_evaluated(network, where):
         for done, (key, described) in enumerate(identity["conditions"].items()):
@@ -66,10 +71,13 @@ def reexamine(
                 if keep.has(run, key, sample):
                     (batch,), _ = reader.read([places[sample]])
                     found.append(_look(reader, ledger, key, described, batch, rows.loc[sample]))
+            found += [
+                {"gauge": 0.0, "moved": 0.0, "logit_change": 0.0, "problem": f"{sample}: its example is missing"}
+                for sample in rows.index
+                if sample in kept and not keep.has(run, key, sample)
+            ]
             if found:
                 lines.append(_line(key, described, found))
-    if not lines:
-        raise ValueError(f"{run} kept no examples: run the same attack again with --keep N")
     return pd.DataFrame(lines)
 
 
@@ -87,8 +95,12 @@ def _look(
 ) -> dict[str, Any]:
     """What is wrong with one stored example, and its sizes; one that is no input of its threat is not scored."""
     (sample,) = batch.ids
-    stored = {m: x[None].to(reader.device) for m, x in keep.load(keep.folder_of(ledger.folder, key, sample)).items()}
     sizes = dict.fromkeys(("gauge", "moved", "logit_change"), 0.0)
+    folder = keep.folder_of(ledger.folder, key, sample)
+    try:
+        stored = {m: x[None].to(reader.device) for m, x in keep.load(folder).items()}
+    except (SafetensorError, OSError) as error:
+        return {**sizes, "problem": f"{sample}: {folder / keep.TENSORS} cannot be read: {error}"}
     try:
         problem = _unlawful(reader, described, batch, stored, sizes)
     except ValueError as error:  # another form than the clip's
@@ -101,7 +113,8 @@ def _look(
         again = reader.goal.given(batch.clean).reached(scored, batch.labels)
         if not reader.model.stochastic:
             largest = batch.clean.logits.abs().max().item()
-            (problem,) = audit.rescore_violations(logits, scored.logits, reached, again, largest)
+            (moved,) = audit.rescore_violations(logits, scored.logits, reached, again, largest)
+            problem = moved and f"it is not what was scored, or the model is random: {moved.partition(': ')[0]}"
     return {**sizes, "problem": f"{sample}: {problem}" if problem else ""}
 
 
@@ -130,6 +143,7 @@ def _line(key: str, described: Mapping[str, Any], found: list[dict[str, Any]]) -
         "condition": described["name"],
         "attacked": "+".join(described["attacked"]),
         "level": described["level"],
+        "budget": ", ".join(f"{m} {radius}" for m, radius in described["radii"].items()),
         "examples": len(found),
         **{name: max(one[name] for one in found) for name in ("gauge", "moved", "logit_change")},
         "problems": len(problems),

@@ -80,6 +80,10 @@ class Goal(ABC):
     def loss(self, trace: Trace, labels: Tensor) -> Float[Tensor, " batch"]:
         """One value a sample, larger where the adversary is better off."""
 
+    def against(self, labels: Tensor) -> Tensor:
+        """What an untargeted loss climbs away from: the labels, or what success is measured against in their place."""
+        return labels
+
     @abstractmethod
     def reached(self, trace: Trace, labels: Tensor) -> Bool[Tensor, " batch"]:
         """Whether each sample is where the adversary wants it."""
@@ -157,7 +161,13 @@ class Untargeted(Goal):
         _known("success", self.success, SUCCESSES)
 
     def loss(self, trace: Trace, labels: Tensor) -> Tensor:
-        return LOSSES[self.loss_name].value(trace.logits, labels)
+        return LOSSES[self.loss_name].value(trace.logits, self.against(labels))
+
+    def against(self, labels: Tensor) -> Tensor:
+        if self.success != "label-set" or self.clean is None:
+            return labels
+        said = label_set(self.clean.logits, self.threshold, self.label_kind)
+        return said.int().argmax(1) if self.label_kind == "multiclass" else said.to(labels)
 
     def reached(self, trace: Trace, labels: Tensor) -> Tensor:
         return _holds(self, trace, labels)
@@ -179,7 +189,8 @@ class Steered(Goal):
     aim: Tensor | None = None
 
     def loss(self, trace: Trace, labels: Tensor) -> Tensor:
-        return self.value(trace.logits, labels) if self.aim is None else self.value(trace.logits, labels, self.aim)
+        away = self.goal.against(labels)
+        return self.value(trace.logits, away) if self.aim is None else self.value(trace.logits, away, self.aim)
 
     def reached(self, trace: Trace, labels: Tensor) -> Tensor:
         return self.goal.reached(trace, labels)

@@ -162,8 +162,12 @@ def _check_source(source: Source, model: Classifier, attacked: Sequence[str]) ->
             f"{other.label_kind} classes for {len(model.classes)} {model.label_kind} ones"
         )
     for m, spec in other.specs.items():
-        if model.specs.get(m) != spec:
-            raise ValueError(f"the source {source.name} reads {m} as {spec}, but the model as {model.specs.get(m)}")
+        if m not in model.specs:
+            raise ValueError(
+                f"the source {source.name} reads {m}, which the model does not: what breaks it cannot be tried"
+            )
+        if model.specs[m] != spec:
+            raise ValueError(f"the source {source.name} reads {m} as {spec}, but the model as {model.specs[m]}")
     if missing := [m for m in attacked if m not in other.specs]:
         raise ValueError(f"the source {source.name} does not read {missing[0]}: attack {', '.join(other.specs)} only")
 

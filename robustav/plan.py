@@ -146,7 +146,7 @@ def conditions(
             threat = ThreatModel({m: budgets[m] for m in chosen}, goal)
             for member in members:
                 row = Condition(member.name, tuple(chosen), level, member.attack, threat, (), *member[2:])
-                if wanted(row):
+                if wanted(row) and not (row.smallest and _measured(row, rows)):
                     rows.append(_settled(row, rows, score))
     return rows
 
@@ -167,6 +167,19 @@ def _settled(row: Condition, before: Sequence[Condition], score: Score) -> Condi
         )
     ]
     return Condition(row.name, row.attacked, row.level, row.attack, row.threat, tuple(after), row.source)
+
+
+def _measured(row: Condition, rows: Sequence[Condition]) -> bool:
+    """Whether an earlier row looks for the same smallest budgets, under radii that are a multiple of these."""
+
+    def ratios(earlier: Condition) -> set[float]:
+        assert earlier.threat is not None and row.threat is not None
+        pairs = [(earlier.threat.budgets[m], budget) for m, budget in row.threat.budgets.items()]
+        if any(a.norm != b.norm or a.snr_db is not None or b.snr_db is not None for a, b in pairs):
+            return {0.0, 1.0}
+        return {round(float(a.epsilon) / float(b.epsilon), 9) if b.epsilon else 0.0 for a, b in pairs}  # type: ignore[arg-type]
+
+    return any(e.smallest and e.attacked == row.attacked and len(ratios(e)) == 1 for e in rows)
 
 
 def is_attack(described: Mapping[str, Any]) -> bool:

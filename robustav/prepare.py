@@ -47,7 +47,7 @@ def prepare(model: Classifier, sample: Inputs) -> Classifier:
         return plain
     if (got - expected).abs().max() <= AGREEMENT * expected.abs().max():
         return quick
-    log.warning("folding batch norms changes the model's scores: attacking it unfolded")
+    log.info("the faster arrangement changes the model's scores: attacking a plain copy")
     return plain
 
 

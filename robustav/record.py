@@ -11,7 +11,7 @@ import robustav
 from robustav.classifier import Classifier
 from robustav.data.samples import Samples
 from robustav.goals import Goal
-from robustav.ledger import digest_of
+from robustav.ledger import digest_of, digest_of_model
 from robustav.plan import Condition
 
 
@@ -28,8 +28,10 @@ def identity_of(
     device: torch.device,
 ) -> dict[str, Any]:
     """Everything that decides a number. A folder with another identity holds another run."""
+    seen = model.surrogate()  # what attacks see in the model's place, if that is another
     return {
         "weights": weights,
+        "surrogate": "" if seen is model else f"{type(seen).__qualname__} {digest_of_model(seen)[:12]}",
         "label_kind": model.label_kind,
         "classes": list(model.classes),
         "specs": {

@@ -44,7 +44,7 @@ def thorough(goal: Goal, model: Classifier) -> dict[str, Attack]:
         **_aimed(goal, model, 100, 9),
         **few,
         "fmn": FMN(steps=100),
-        "fab": FAB(steps=100),
+        "fab": FAB(steps=100, aims=min(9, len(model.classes) - 1) or None),
         "square": Square(queries=5000),
         "rays": RayS(queries=2000),
     }

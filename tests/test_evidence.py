@@ -70,7 +70,18 @@ def test_an_example_inside_its_budget_that_is_not_the_one_scored_is_found(run, t
     shutil.copy(clean, sorted((copy / "kept" / KEY).glob(f"*/{keep.TENSORS}"))[0])
     line = reexamine(copy).set_index("condition").loc["fgsm"]
     assert line["problems"] == 1
-    assert "scored again, a logit changed by" in line["example"]
+    assert "it is not what was scored, or the model is random" in line["example"]
+
+
+def test_an_example_that_is_missing_or_damaged_is_found(run, tmp_path):
+    copy = changed(run, tmp_path, lambda tensors: tensors)
+    first, second, _ = sorted((copy / "kept" / KEY).glob("*"))
+    shutil.rmtree(first)
+    (second / keep.TENSORS).write_bytes(b"junk")
+    line = reexamine(copy).set_index("condition").loc["fgsm"]
+    assert (line["examples"], line["problems"]) == (3, 2)
+    shutil.rmtree(copy / "kept" / KEY)
+    assert "its example is missing" in reexamine(copy).set_index("condition").loc["fgsm", "example"]
 
 
 def test_the_command_says_so_and_exits_with_one(run, tmp_path):

@@ -22,6 +22,7 @@ from robustav.goals import (
     parse_goal,
 )
 from robustav.losses import bce, cross_entropy, margin, ranking_margin, top1_margin
+from robustav.threat import Budget, ThreatModel
 
 NAMES = ("bell", "clap", "kick")
 LOGITS = torch.tensor([[2.0, -1, 0], [-3, -2, -1]])
@@ -346,3 +347,19 @@ def test_every_new_goal_says_what_success_is(goal):
     assert "success: " in words
     assert ("own labels" in words) == (getattr(goal, "chosen", None) == "labels")
     assert goal.settings()["goal"] == type(goal).__name__
+
+
+@pytest.mark.parametrize("label_kind", ["multilabel", "multiclass"])
+def test_a_changed_label_set_is_climbed_for_from_the_clean_prediction(label_kind):
+    """From the labels, a clip that the model has wrong would be pushed towards what it says already."""
+    clean = torch.tensor([[2.0, -1.0, 0.5], [-3.0, 1.0, -2.0]])
+    labels = torch.tensor([1, 0]) if label_kind == "multiclass" else torch.tensor([[0.0, 1, 0], [1, 0, 0]])
+    said = torch.tensor([0, 1]) if label_kind == "multiclass" else torch.tensor([[1.0, 0, 1], [0, 1, 0]])
+    goal = Untargeted(label_kind, success="label-set").given(Trace({}, clean, clean))
+    now = Trace({}, clean + 0.3, clean + 0.3)
+    plain = Untargeted(label_kind)
+    assert torch.equal(goal.loss(now, labels), plain.loss(now, said))
+    steered = ThreatModel({"audio": Budget("linf", 0.1)}, goal).steered(
+        lambda logits, away: away.double().reshape(2, -1).sum(1)
+    )
+    assert torch.equal(steered.goal.loss(now, labels), said.double().reshape(2, -1).sum(1))

@@ -245,8 +245,10 @@ def test_the_smallest_budget_of_every_clip_gives_the_curve(tmp_path):
     report = build([ledger])
     assert "smallest" not in set(report.table["condition"])
     line = report.smallest.iloc[0]
-    assert line["broken"] == np.isfinite(sizes).sum()
-    assert line["at_50"] == np.sort(sizes)[21]
+    right = np.sort(sizes[sizes > 0])
+    assert (line["clips"], line["wrong"]) == (len(right), (sizes == 0).sum())
+    assert line["broken"] == np.isfinite(right).sum()
+    assert line["at_50"] == right[-(-len(right) // 2) - 1]
     assert line["at_50_low"] <= line["at_50"] <= line["at_50_high"]
     assert "smallest budget" in markdown(report)
     assert '"at_95"' in as_json(report)
@@ -310,6 +312,17 @@ def test_a_smallest_budget_a_hair_short_is_lengthened_until_the_model_agrees(tmp
 def test_an_attack_that_cannot_look_for_the_smallest_budget_says_so():
     with pytest.raises(ValueError, match="looks for the smallest budget, but its attack cannot"):
         conditions([Member("smallest", PGD(), smallest=True)], parse_epsilons(["0.1"], SPECS), Untargeted())
+
+
+def test_one_curve_is_measured_once():
+    member = Member("smallest", Bisection(), smallest=True)
+    rows = conditions([member], parse_epsilons(["0.1,0.2", "audio=0.1,visual=0.4"], SPECS), Untargeted())
+    assert [row.key for row in rows[1:]] == [
+        "smallest-audio-0",
+        "smallest-visual-0",
+        "smallest-audio+visual-0",
+        "smallest-audio+visual-2",
+    ]
 
 
 def test_the_median_interval_covers():

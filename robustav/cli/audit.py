@@ -34,10 +34,19 @@ def audit(
     if json:
         typer.echo(jsons.dumps(rows, indent=1))
     else:
-        table = Table("condition", "on", "examples", "of budget", "moved", "logit change", "problems", box=None)
+        table = Table(
+            "condition", "on", "budget", "examples", "of budget", "moved", "logit change", "problems", box=None
+        )
         for row in rows:
             sizes = (f"{row['gauge']:.6f}", f"{row['moved']:.2g}", f"{row['logit_change']:.2g}")
-            cells = (row["condition"], row["attacked"] or "-", str(row["examples"]), *sizes, str(row["problems"]))
+            cells = (
+                row["condition"],
+                row["attacked"] or "-",
+                row["budget"] or "-",
+                str(row["examples"]),
+                *sizes,
+                str(row["problems"]),
+            )
             table.add_row(*map(Text, cells))
         console = Console()
         console.print(table, highlight=False)
@@ -49,7 +58,10 @@ def audit(
         for row in rows:
             if row["problems"]:
                 console.print(
-                    Text(f"{row['condition']} on {row['attacked'] or 'nothing'}: {row['example']}", "bold red")
+                    Text(
+                        f"{row['condition']}{' on ' + row['budget'] if row['budget'] else ''}: {row['example']}",
+                        "bold red",
+                    )
                 )
     if found["problems"].any():
         ERRORS.print("the audit failed: an example is not what the ledger says", style="bold red")

@@ -7,7 +7,7 @@ from robustav.attacks.ascent import Pursuit
 from robustav.classifier import Classifier, Inputs, Trace
 from robustav.flags import scores, slopes
 from robustav.flags.flag import Flag, raised
-from robustav.goals import Goal
+from robustav.goals import Goal, Stealth
 from robustav.randomness import draws_for
 from robustav.threat import ThreatModel
 
@@ -45,7 +45,11 @@ def probe(
         found += scores.few_classes(goal, len(model.classes))
         draws = draws_for(seed, map(str, range(len(labels))), "probe")
         subject = Pursuit(model.surrogate(), inputs, labels, ThreatModel(threat.budgets, goal), draws)
-        found += _of_gradients(model, subject, clean, batch_size, deterministic=not random)
+        # A clip that is where the adversary wants it may have nothing left to climb.
+        rows = (~goal.reached(clean, labels)).nonzero().flatten()
+        rows = rows if len(rows) else torch.arange(len(labels), device=labels.device)
+        there = Trace({}, clean.latent[rows], clean.logits[rows])
+        found += _of_gradients(model, subject.at(rows), there, batch_size, deterministic=not random)
         return found
 
 
@@ -66,7 +70,8 @@ def _of_gradients(
             found += slopes.logit_scale(part, model, clean.logits, batch_size)
         if len(usable):
             flags, logits = slopes.without_budget(part, model, batch_size)
-            found += flags
+            # To hide and leave the rest alone asks for a small step: without a budget the loss may go elsewhere.
+            found += [] if isinstance(part.threat.goal, Stealth) else flags
             seen.append(logits)
     except torch.cuda.OutOfMemoryError:
         raise

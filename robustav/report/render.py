@@ -53,11 +53,13 @@ def condition(row: pd.Series) -> str:
 
 def flag_lines(report: Report) -> list[str]:
     """Each reason to doubt the numbers, with what to try."""
-    several = len(report.headers) > 1
-    return [
-        f"FLAG {row['name']}{' (' + row['run'] + ')' if several else ''}: {row['sentence']} {row['advice']}"
-        for _, row in report.flags.iterrows()
-    ]
+    if report.flags.empty:
+        return []
+    lines = []
+    for (run, name, advice), rows in report.flags.groupby(["run", "name", "advice"], sort=False):
+        of = f" ({run})" if len(report.headers) > 1 else ""
+        lines.append(f"FLAG {name}{of}: {' '.join(rows['sentence'])} {advice}")
+    return lines
 
 
 BUDGETS = {"at_5": "5 %", "at_25": "25 %", "at_50": "half", "at_75": "75 %", "at_95": "95 %", "all": "all"}
@@ -73,7 +75,7 @@ def budget_grid(report: Report) -> tuple[list[str], list[list[str]]]:
         cells = [NOT_VALID if bad else _times(row[column]) for column in BUDGETS]
         ends = [_times(row[end]) for end in ("at_50_low", "at_50_high")]
         between = NONE if bad or NONE in ends else DASH.join(ends)
-        found = f"{row['broken']} of {row['clips']}"
+        found = f"{row['broken']} of {row['clips']}" + (f" ({row['wrong']} wrong already)" if row["wrong"] else "")
         body.append([*([row["run"]] if several else []), row["condition"], row["budget"], *cells, between, found])
     return head, body
 

@@ -14,8 +14,8 @@ SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 def smallest_budgets(record: Mapping[str, Any], rows: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """One line a condition that looked for them: at how many times its epsilon what share of the clips is broken.
 
-    Columns: condition, attacked, level, budget, clips, broken (clips for which some budget was found, those that are
-    wrong already among them), `at_5` ... `at_95` (times epsilon; nan where fewer clips than that were broken),
+    Columns: condition, attacked, level, budget, clips (that are not wrong already, as for attack success), wrong (those
+    that are), broken (clips for which some budget was found), `at_5` ... `at_95` (times epsilon; nan where fewer clips than that were broken),
     `at_50_low` and `at_50_high` (95 %, from order statistics), `all` (the largest; nan unless every clip was broken).
     """
     lines = []
@@ -23,6 +23,8 @@ def smallest_budgets(record: Mapping[str, Any], rows: Mapping[str, pd.DataFrame]
         if not described["smallest"]:
             continue
         sizes = budgets_of(rows[key])
+        wrong = int((sizes == 0).sum())
+        sizes = sizes[sizes > 0]
         low, high = median_interval(sizes)
         lines.append(
             {
@@ -31,11 +33,12 @@ def smallest_budgets(record: Mapping[str, Any], rows: Mapping[str, pd.DataFrame]
                 "level": described["level"],
                 "budget": "; ".join(f"{m} {text}" for m, text in described["budgets"].items()),
                 "clips": len(sizes),
+                "wrong": wrong,
                 "broken": int(np.isfinite(sizes).sum()),
-                **{f"at_{share * 100:.0f}": _finite(np.sort(sizes)[_place(share, len(sizes))]) for share in SHARES},
+                **{f"at_{share * 100:.0f}": _at(sizes, share) for share in SHARES},
                 "at_50_low": _finite(low),
                 "at_50_high": _finite(high),
-                "all": _finite(sizes.max()),
+                "all": _at(sizes, 1.0),
                 "violations": int((rows[key]["violation"] != "").sum()),
             }
         )
@@ -59,9 +62,10 @@ def median_interval(values: NDArray[np.float64], level: float = 0.95) -> tuple[f
     return float(ranked[below - 1]), float(ranked[n - below])
 
 
-def _place(share: float, clips: int) -> int:
-    """Of ranked clips the first at which at least `share` of them are broken."""
-    return max(int(np.ceil(share * clips)) - 1, 0)
+def _at(sizes: NDArray[np.float64], share: float) -> float:
+    """The smallest multiple at which at least `share` of the clips are broken; nan where none is."""
+    place = max(int(np.ceil(share * len(sizes))) - 1, 0)
+    return _finite(np.sort(sizes)[place]) if len(sizes) else float("nan")
 
 
 def _finite(value: float) -> float:

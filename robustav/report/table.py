@@ -251,7 +251,9 @@ class _Scorer:
         with np.errstate(invalid="ignore"):
             resampled = (self.weights @ lost) / (self.weights @ detected.sum(1))
         ends = self._bootstrapped(percentile_interval(resampled), 0, 1) if rate.detected else NO_INTERVAL
-        return {"hidden": rate.value, **_ends("hidden", ends), "hidden_of": rate.detected}
+        # Thresholds fitted to a few clips lie on the clips themselves.
+        value = rate.value if len(self.labels) >= FEW_CLIPS else np.nan
+        return {"hidden": value, **_ends("hidden", ends), "hidden_of": rate.detected}
 
     def _scores(self, rows: pd.DataFrame) -> _Scores:
         logits = self._logits(rows)

@@ -56,7 +56,9 @@ def header_of(record: dict[str, Any], used: int, failed: bool) -> dict[str, str]
         "device": f"{record['device']}, began {record['began']}",
         "audit": "FAILED: rows marked 'not valid' left their threat or their scores do not hold"
         if failed
-        else "passed",
+        else "passed"
+        if used
+        else "nothing to audit",
     }
 
 
