@@ -366,7 +366,7 @@ seed and that ours with the same seed left standing, after the suite {suites}. *
 allowed**, since all of them draw at random; more ends the script with status 1. Every point is judged by the untouched
 network; a peer's counts where it lies in the budget, give or take {reach:g} of the radius{outside}.
 
-- **ours** is `harness.evaluate` with score "hits", as the command line runs it. **standard** climbs 50 steps from one
+- **ours** is `harness.evaluate` with score "hits", as the command line runs it. **standard** climbs 100 steps from one
   start and asks 500 queries, half and a tenth of AutoAttack; **thorough** climbs 100 from five and asks 5 000.
 - **torchattacks AutoAttack** is its port of AutoAttack's standard set (APGD, APGD-T, FAB-T, Square). Its gradient attacks
   take 10 steps unless told; here they take the published {long}, and Square its 5 000 queries.
