@@ -10,7 +10,8 @@ from robustav.bridges import Bridge, parse_bridge
 from robustav.classifier import Classifier
 from robustav.data.samples import Progress
 from robustav.data.sources import load_samples
-from robustav.goals import Goal, parse_goal
+from robustav.goal_names import parse_goal
+from robustav.goals import Goal
 from robustav.harness import Settings, evaluate
 from robustav.ledger import Ledger, digest_of_model
 from robustav.lessons import UNIVERSAL, universal_rows

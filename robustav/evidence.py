@@ -1,7 +1,6 @@
 """Stored adversarial examples, looked at again: read from disk, measured, projected and scored anew."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from robustav import audit, keep
 from robustav.classifier import Inputs
 from robustav.data.samples import Progress
 from robustav.data.sources import load_samples
-from robustav.goals import GOALS, Goal
+from robustav.goal_names import recorded_goal
 from robustav.harness import as_evaluated, pick_device
 from robustav.ledger import Ledger, digest_of_model
 from robustav.models.zoo import load_model
@@ -79,15 +78,6 @@ def reexamine(
             if found:
                 lines.append(_line(key, described, found))
     return pd.DataFrame(lines)
-
-
-def recorded_goal(settings: Mapping[str, Any]) -> Goal:
-    """The goal that a record describes."""
-    kinds = {kind.__name__: kind for kind in GOALS.values()}
-    kind = kinds[settings["goal"]]
-    known = {f.name for f in fields(kind)}
-    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in known}
-    return kind(**given)
 
 
 def _look(

@@ -117,7 +117,7 @@ def evaluate(
         for evaluated in (model, *sources.values()):
             stack.enter_context(as_evaluated(evaluated, device))
         if goal.needs_corpus:
-            goal = _learned(reader, chosen, part_size, settings.progress)
+            goal = learned_goal(reader, chosen, part_size, settings.progress)
             rows = [
                 replace(row, threat=replace(row.threat, goal=goal)) if row.threat is not None else row for row in rows
             ]
@@ -229,7 +229,7 @@ def _run(
     progress("done", done, total)
 
 
-def _learned(reader: Reader, chosen: Sequence[int], size: int, progress: Progress) -> Goal:
+def learned_goal(reader: Reader, chosen: Sequence[int], size: int, progress: Progress) -> Goal:
     """The reader's goal, knowing what the model says of all clean clips: one pass before the run, in every process."""
     logits, labels = [], []
     for i in range(0, len(chosen), size):

@@ -12,7 +12,7 @@ from robustav.data.av_events import cache_dir
 from robustav.data.samples import Progress, Samples
 from robustav.data.sources import DATA, load_samples
 from robustav.goals import Goal
-from robustav.harness import BATCH, Settings, as_evaluated, choose, pick_device
+from robustav.harness import BATCH, Settings, as_evaluated, choose, learned_goal, pick_device
 from robustav.ledger import digest_of, digest_of_model
 from robustav.plan import Condition, subsets
 from robustav.reader import Reader
@@ -58,12 +58,7 @@ def universal_rows(
     with as_evaluated(model, device):
         (first, *_), _ = reader.read(chosen[: reader.batch_size])
         if goal.needs_corpus:
-            batches = [
-                b
-                for i in range(0, len(chosen), reader.batch_size)
-                for b in reader.read(chosen[i : i + reader.batch_size])[0]
-            ]
-            goal = goal.learned(torch.cat([b.clean.logits for b in batches]), torch.cat([b.labels for b in batches]))
+            goal = learned_goal(reader, chosen, reader.batch_size, progress or _silent)
     scores = hashlib.sha256(first.clean.logits.float().cpu().numpy().tobytes()).hexdigest()
 
     def lessons() -> Iterator[Lesson]:

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from robustav import keep
 from robustav.cli.main import app
 from robustav.evaluation import Evaluation
-from robustav.evidence import recorded_goal, reexamine
+from robustav.evidence import reexamine
+from robustav.goal_names import recorded_goal
 from robustav.goals import GOALS, CorpusAP, Hide, Stealth, TopK, Untargeted
 from robustav.harness import Settings
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustav.classifier import Trace
+from robustav.goal_names import parse_goal
 from robustav.goals import (
     GOALS,
     CorpusAP,
@@ -19,7 +20,6 @@ from robustav.goals import (
     Targeted,
     TopK,
     Untargeted,
-    parse_goal,
 )
 from robustav.losses import bce, cross_entropy, margin, ranking_margin, top1_margin
 from robustav.threat import Budget, ThreatModel

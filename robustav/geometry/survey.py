@@ -15,7 +15,7 @@ from robustav.data.samples import Progress, Samples
 from robustav.data.sources import load_samples
 from robustav.geometry.cuts import Cut, cuts_of
 from robustav.geometry.latents import Latents, collect
-from robustav.goals import parse_goal
+from robustav.goal_names import parse_goal
 from robustav.harness import BATCH, as_evaluated, choose, pick_device
 from robustav.ledger import digest_of_model
 from robustav.metrics.intervals import RESAMPLES, bootstrap_weights
