@@ -11,7 +11,8 @@ SAMPLE_RATE = 16_000  # Hz, of every model of ours
 
 def hertz_to_mel(frequency: Tensor | float) -> Tensor:
     """The mel scale as HTK and Kaldi have it: 1127 ln(1 + f / 700)."""
-    return 1127.0 * torch.log1p(torch.as_tensor(frequency, dtype=torch.float64) / 700.0)
+    device = frequency.device if isinstance(frequency, Tensor) else "cpu"
+    return 1127.0 * torch.log1p(torch.as_tensor(frequency, dtype=torch.float64, device=device) / 700.0)
 
 
 def mel_to_hertz(mel: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 Inputs = dict[str, Tensor]  # modality -> raw batch
 LabelKind = Literal["multilabel", "multiclass"]
+FEATURE = "feature"  # the unit of inputs that no adversary can touch
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class AtFeatures(Classifier):
         with torch.no_grad():
             empty = {m: parameter.new_zeros(1, *spec.shape) for m, spec in model.specs.items()}
             shapes = {m: tuple(x.shape[1:]) for m, x in self.front_ends(empty).items()}
-        self.specs = {m: InputSpec(shape, low, high, "feature") for m, shape in shapes.items()}
+        self.specs = {m: InputSpec(shape, low, high, FEATURE) for m, shape in shapes.items()}
 
     def front_ends(self, raw: Inputs) -> Inputs:
         """From the viewed model's raw inputs to this view's inputs."""

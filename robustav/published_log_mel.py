@@ -1,6 +1,7 @@
 """Log-mel front ends of published models that centre their frames: MSM-MAE's, and the 64 bands of the TAL family."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,26 @@ from robustav.mel import EPSILON, check_length, check_normalisation, fitted, flo
 DECIBEL = 10 / math.log(10)  # decibels of power a unit of the natural logarithm
 FLOOR = 1e-10  # where decibels are cut off
 RANGE = 1e-8  # of the clip's loudest band, 80 dB below it
+
+# Of each band, over AudioSet, as AudioSetDoneRight's normalizer.pkl has them, to six digits.
+# fmt: off
+TAL_MEAN = (
+    -8.97656, -6.86349, -6.22534, -6.05586, -6.02351, -6.32873, -6.61698, -6.86473, -7.09301, -7.39872, -7.65067,
+    -7.95758, -8.2449, -8.51084, -8.82151, -9.11344, -9.31099, -9.7399, -9.83429, -10.2546, -10.3235, -10.4351,
+    -10.7148, -10.9402, -10.9387, -11.3045, -11.2553, -11.3882, -11.6185, -11.6943, -11.7522, -12.0244, -12.0668,
+    -12.2816, -12.5694, -12.6467, -12.9045, -13.077, -13.1332, -13.2975, -13.575, -13.7102, -14.1114, -14.3209,
+    -14.4982, -14.6791, -14.9446, -15.1556, -15.5958, -15.9605, -16.439, -16.9976, -17.4779, -17.8417, -18.324,
+    -18.752, -19.1837, -19.639, -20.1167, -20.468, -20.8057, -21.1682, -21.9937, -26.0463,
+)
+TAL_STD = (
+    13.0214, 12.8803, 12.5071, 12.3389, 12.2301, 12.1323, 12.0788, 12.0351, 12.0183, 11.9885, 11.991,
+    11.958, 11.9734, 11.9778, 11.9442, 11.901, 11.8954, 11.789, 11.8236, 11.7374, 11.7585, 11.7401,
+    11.7069, 11.6742, 11.7165, 11.6345, 11.6446, 11.5986, 11.5755, 11.5718, 11.5865, 11.5412, 11.5363,
+    11.4992, 11.4706, 11.4805, 11.4623, 11.4542, 11.4583, 11.4556, 11.4513, 11.4641, 11.4179, 11.3854,
+    11.364, 11.3576, 11.3529, 11.3472, 11.3258, 11.3162, 11.3349, 11.4866, 11.6222, 11.6334, 11.6827,
+    11.7656, 11.8354, 11.889, 12.0496, 12.099, 12.1027, 12.0913, 12.0598, 11.3156,
+)
+# fmt: on
 
 
 class CentredMel(nn.Module):
@@ -83,8 +104,8 @@ class TalLogMel(nn.Module):
     """The log-mel of TALNet, TAL-trans and MMT [Li et al., 2022, arXiv:2203.12122]: 64 bands of MAGNITUDE, in decibels.
 
     Decibels are `10 log10` of the magnitude (so half of what they would be), floored at 1e-10 and at 80 below the
-    clip's loudest band; the first 400 frames, then `(x - mean) / std`, which the checkpoints have for each band: pass
-    their two vectors. Every value at the lower floor follows the loudest band; `alive` gives it, beside that, a gradient
+    clip's loudest band; the first 400 frames, then `(x - mean) / std`, which the checkpoints have for each band (see
+    `published`). Every value at the lower floor follows the loudest band; `alive` gives it, beside that, a gradient
     of its own (see `floored_log`).
     """
 
@@ -92,19 +113,24 @@ class TalLogMel(nn.Module):
         self,
         *,
         frames: int | None = 400,
-        mean: Tensor | float = 0.0,
-        std: Tensor | float = 1.0,
+        mean: Tensor | Sequence[float] | float = 0.0,
+        std: Tensor | Sequence[float] | float = 1.0,
         alive: bool = True,
     ) -> None:
         super().__init__()
         means, stds = one_a_band("mean", mean), one_a_band("std", std)
-        for band_mean, band_std in zip(means.tolist(), stds.tolist(), strict=True):
+        for band_mean, band_std in zip(means, stds, strict=True):
             check_normalisation(frames, band_mean, band_std)
         self.frames, self.alive, self.mel = frames, alive, long_mel(magnitude=True)
         self.means: Tensor
         self.stds: Tensor
-        self.register_buffer("means", means, persistent=False)
-        self.register_buffer("stds", stds, persistent=False)
+        self.register_buffer("means", torch.tensor(means), persistent=False)
+        self.register_buffer("stds", torch.tensor(stds), persistent=False)
+
+    @classmethod
+    def published(cls, *, frames: int | None = 400) -> "TalLogMel":
+        """With the statistics of AudioSet that the published checkpoints were trained with."""
+        return cls(frames=frames, mean=TAL_MEAN, std=TAL_STD)
 
     def forward(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch frame bin"]:
         """At most `frames` frames; a shorter clip is not padded."""
@@ -114,14 +140,14 @@ class TalLogMel(nn.Module):
         return (decibels[:, : self.frames] - self.means) / self.stds
 
 
-def one_a_band(name: str, value: Tensor | float) -> Float[Tensor, "64"]:
-    """A vector of the 64 bands from a vector or from what they share."""
-    numbers = torch.as_tensor(value, dtype=torch.float32)
+def one_a_band(name: str, value: Tensor | Sequence[float] | float) -> list[float]:
+    """Numbers of the 64 bands from as many or from what they share."""
+    numbers = torch.as_tensor(value, dtype=torch.float32, device="cpu")  # to be read even where others are on "meta"
     if numbers.shape not in ((), (64,)):
         raise ValueError(
             f"`{name}` must be a number or 64 of them, one for each band, got {list(numbers.shape)} numbers"
         )
-    return numbers.expand(64).clone()
+    return numbers.expand(64).tolist()
 
 
 class TaggingRecipe(NamedTuple):

@@ -20,6 +20,7 @@ CHECKED = [
     "prepare",
     "view",
     "models.small",
+    "models.published",
     "metrics",
     "geometry",
     "ranking",

@@ -118,6 +118,19 @@ def test_wrong_usage_is_one_sentence_and_exit_2(invoke, arguments, message):
     assert "Traceback" not in err
 
 
+def test_features_are_attacked_by_the_models_name(invoke):
+    plain = json.loads(invoke(*QUICK, "--json")[1])
+    raw, features = QUICK[2], f"{QUICK[2]}(at=features)"
+    code, out, err = invoke(*(features if word == raw else word for word in QUICK), "--json")
+    assert code == 0, err
+    seen = json.loads(out)
+    assert seen["rows"][0]["mAP"] == pytest.approx(plain["rows"][0]["mAP"]), "the same clips, clean"
+    assert seen["rows"][2]["mAP"] != plain["rows"][2]["mAP"]
+    assert any("visual features, not recordings" in note for note in seen["notes"])
+    assert not any("not recordings" in note for note in plain["notes"])
+    assert "0.0156863 feature" in json.dumps(seen)
+
+
 def test_reports_of_what_is_no_run(invoke):
     code, _, err = invoke("report", "elsewhere")
     assert code == 2
@@ -169,7 +182,7 @@ def test_completion_knows_the_models_without_importing_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stdout.strip() == "['av-early', 'av-fusion', 'av-mid']"
-    assert set(cli.models_by_name("")) == set(MODELS)
+    assert set(cli.models_by_name("")) == set(MODELS), "robustav/models/names.txt lists every model"
     assert cli._attacks("m") == ["momentum", "mla-lp"]
 
 

@@ -10,7 +10,15 @@ from robustav.data.decode import read_audio
 from robustav.fbank import RECIPES, Fbank
 from robustav.image import ImageFrontEnd
 from robustav.mel import floored_log, hertz_to_slaney, kaldi_filters, slaney_filters, slaney_to_hertz
-from robustav.published_log_mel import TAGGING_RECIPES, MsmMaeLogMel, TaggingLogMel, TalLogMel, long_mel
+from robustav.published_log_mel import (
+    TAGGING_RECIPES,
+    TAL_MEAN,
+    TAL_STD,
+    MsmMaeLogMel,
+    TaggingLogMel,
+    TalLogMel,
+    long_mel,
+)
 from robustav.resample import Resample
 
 FLOORED = {"fbank": Fbank, "tal": TalLogMel, "tagging": TaggingLogMel}
@@ -92,6 +100,9 @@ def test_talnet_s_log_mel_is_the_official_one(fixture, hammer):
     assert differ(TalLogMel()(hammer)[0], official["out.logmel_full"]) <= 1e-3
     normalised = TalLogMel(mean=official["in.mu"], std=official["in.sigma"])(hammer)[0]
     assert differ(normalised, official["out.normalised_full"]) <= 1e-3
+    assert differ(TalLogMel.published()(hammer)[0], official["out.normalised_full"]) <= 1e-3
+    for ours, key in ((TAL_MEAN, "in.mu"), (TAL_STD, "in.sigma")):
+        assert ours == pytest.approx(official[key].tolist(), rel=5.1e-6)  # six digits
 
 
 def test_resampling_is_the_official_one(fixture):
@@ -281,6 +292,12 @@ def test_frames_are_cut_or_padded(frames):
         kept = min(frames, len(whole))
         assert torch.equal(asked[:kept], whole[:kept]) and not asked[kept:].any()
     assert len(TalLogMel(frames=frames)(x)[0]) == min(frames, 6)
+
+
+def test_talnet_s_log_mel_can_be_made_without_memory():
+    with torch.device("meta"):
+        front_end = TalLogMel.published(frames=7)
+    assert front_end.means.is_meta and front_end.frames == 7
 
 
 @pytest.mark.parametrize("name", TAGGING_RECIPES)

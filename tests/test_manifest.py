@@ -106,7 +106,7 @@ def test_a_folder_and_a_single_file(tmp_path: Path):
         ("path,labels\na.mp4,Male speech, man speaking", "line 2: must have 2 cells .* got 3; a cell with a ','"),
         ("path,labels\na.mp4", "line 2: must have 2 cells as the header has, got 1"),
         ('path,labels\na.mp4,"Speech', "line 2: cannot be read as a table"),
-        ("path,labels\n,Speech", "line 2: a clip needs a path, an audio file or a folder of frames"),
+        ("path,labels\n,Speech", "line 2: a clip needs a path, an audio file, a folder of frames or features"),
         ("path\nx/a.mp4\nb.mp4\ny/a.mp4", "line 4, column id: ids must differ, got 'a' as on line 2"),
         ("path,start\na.mp4,soon", "line 2, column start: must be a number of seconds, 0 or more, got 'soon'"),
         ("path,start\na.mp4,-1", "line 2, column start: must be .* 0 or more, got '-1'"),
@@ -305,3 +305,54 @@ def test_real_clips_under_audioset_labels(clips_folder: Path, tmp_path: Path):
         clips.load(2)
     hammer = Clips(clips.entries, {"audio": specs["audio"]}, classes, aliases=aliases).load(2)
     assert [classes[index] for index in hammer.labels.nonzero()] == ["Hammer"]
+
+
+FED = {"audio": waveform(1), "visual": InputSpec((10, 4), 0.0, float("inf"), "feature")}
+
+
+def test_features_are_read_from_files(tmp_path: Path):
+    write_tone(tmp_path / "a.wav", 1)
+    np.save(tmp_path / "a.npy", np.arange(40, dtype=np.float64).reshape(10, 4))
+    entries = listed(tmp_path, "id,audio,visual_features,labels\na,a.wav,a.npy,Music\n")
+    clips = Clips(entries, FED, CLASSES)
+    sample = clips.load(0)
+    assert torch.equal(sample.inputs["visual"], torch.arange(40.0).reshape(10, 4))
+    assert sample.inputs["audio"].shape == (16_000,)
+    before = clips.digest
+    np.save(tmp_path / "a.npy", np.zeros((10, 4)))
+    assert Clips(entries, FED, CLASSES).digest != before
+    alone = listed(tmp_path, "visual_features\na.npy\n")
+    assert alone[0].id == "a"
+    assert set(Clips(alone, {"visual": FED["visual"]}, CLASSES).load(0).inputs) == {"visual"}
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.zeros((4, 10)), r"a.npy must hold numbers of shape \[10, 4\], got \[4, 10\] of float64"),
+        (np.full((10, 4), "x"), r"got \[10, 4\] of <U1"),
+        (np.full((10, 4), -1.0), r"must lie in \[0, inf\], got values from -1 to -1"),
+        (np.full((10, 4), np.nan), r"got values from nan"),
+        (np.full((10, 4), None), r"a.npy is no .npy file of numbers: .*allow_pickle"),
+        (None, r"a.npy is no .npy file of numbers"),
+    ],
+)
+def test_features_that_cannot_be_used(array: np.ndarray | None, reason: str, tmp_path: Path):
+    if array is None:
+        (tmp_path / "a.npy").write_bytes(b"no array")
+    else:
+        np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    clips = Clips(listed(tmp_path, "visual_features\na.npy\n"), {"visual": FED["visual"]}, CLASSES)
+    with pytest.raises(SkippedError, match=reason):
+        clips.load(0)
+
+
+def test_features_that_are_missing(tmp_path: Path):
+    clips = Clips(listed(tmp_path, "visual_features\nb.npy\n"), {"visual": FED["visual"]}, CLASSES)
+    with pytest.raises(SkippedError, match=r"no such file: b.npy"):
+        clips.load(0)
+    clips = Clips(listed(tmp_path, "path\na.mp4\n"), {"visual": FED["visual"]}, CLASSES)
+    with pytest.raises(
+        SkippedError, match=r"no visual_features, and the model reads visual features of shape \[10, 4\]"
+    ):
+        clips.load(0)

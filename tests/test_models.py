@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from robustav.data.av_events import AvEvents
 from robustav.metrics.tagging import mean_average_precision, top1_hit
 from robustav.models.checkpoints import load_into, read_card, read_checkpoint
-from robustav.models.zoo import MODELS, WEIGHTS, load_model
+from robustav.models.entry import WEIGHTS
+from robustav.models.zoo import EMBEDDED, load_model
 from robustav.training import embedded
 
 README = Path(__file__).parents[1] / "README.md"
@@ -24,7 +25,7 @@ def test_split():
     return AvEvents("test")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_the_shipped_weights_score_what_their_card_says(name, test_split):
     """On the first 300 test scenes, inside an interval around the score of all thousand: the weights are the card's."""
     model, about = load_model(name)
@@ -39,14 +40,14 @@ def test_the_shipped_weights_score_what_their_card_says(name, test_split):
 
 
 def test_fusion_clearly_beats_either_modality_alone():
-    clean = {name: read_card(MODELS[name].path)["clean"]["mAP_95"] for name in MODELS}
+    clean = {name: read_card(EMBEDDED[name].path)["clean"]["mAP_95"] for name in EMBEDDED}
     for single in ("audio-cnn", "visual-cnn"):
         assert clean["av-fusion"][0] > clean[single][1], "the intervals overlap"
 
 
 def test_the_weights_are_small_and_their_cards_name_the_precision():
     files = list(WEIGHTS.glob("*.safetensors"))
-    assert {file.stem for file in files} == set(MODELS)
+    assert {file.stem for file in files} == set(EMBEDDED)
     assert sum(file.stat().st_size for file in files) < 10e6
     for file in files:
         halved = any(x.dtype == torch.float16 for x in read_checkpoint(file).values())
@@ -55,10 +56,10 @@ def test_the_weights_are_small_and_their_cards_name_the_precision():
 
 def test_the_readme_quotes_the_cards():
     table = README.read_text(encoding="utf-8")
-    for name in MODELS:
-        clean = read_card(MODELS[name].path)["clean"]
+    for name in EMBEDDED:
+        clean = read_card(EMBEDDED[name].path)["clean"]
         low, high = clean["mAP_95"]
-        row = f"`{name}` | {MODELS[name].summary} | {clean['mAP']:.3f} ({low:.3f}\u2013{high:.3f})"
+        row = f"`{name}` | {EMBEDDED[name].summary} | {clean['mAP']:.3f} ({low:.3f}\u2013{high:.3f})"
         assert row in table, f"README.md lacks: {row}"
 
 
@@ -68,7 +69,7 @@ def test_training_is_decided_by_its_seed(monkeypatch):
     trained = []
     for _ in range(2):
         torch.manual_seed(0)
-        trained.append(embedded.train(MODELS["av-mid"].build(), recipe).state_dict())
+        trained.append(embedded.train(EMBEDDED["av-mid"].build(), recipe).state_dict())
     assert all(torch.equal(trained[0][key], trained[1][key]) for key in trained[0])
 
 
@@ -77,7 +78,7 @@ def test_a_recipe_writes_weights_and_a_card_that_belong_together(monkeypatch, tm
     embedded.make("audio-cnn", embedded.Recipe(epochs=1), tmp_path)
     card = read_card(tmp_path / "audio-cnn.safetensors")
     assert card["recipe"]["epochs"] == 1
-    model = MODELS["audio-cnn"].build()
+    model = EMBEDDED["audio-cnn"].build()
     load_into(model, read_checkpoint(tmp_path / "audio-cnn.safetensors"), "the file")
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Linear, TinySamples, batch_of, tiny_fusion, tiny_specs
-from safetensors.torch import load_file, save_file
+from published import loaded, numbers, task_of
+from safetensors.torch import save_file
 from test_attacks import LABELS, run, threat_of
 from test_harness import GOAL, rows_for
 
@@ -15,10 +16,12 @@ from robustav import audit
 from robustav.attacks import Attack, Noise
 from robustav.attacks.ascent import look
 from robustav.attacks.universal import FixedNoise, Shuffled, Universal, rolled, rolled_back
-from robustav.classifier import InputSpec
+from robustav.classifier import AtFeatures, InputSpec
 from robustav.goals import PushLatent, Untargeted
 from robustav.harness import Settings, evaluate
 from robustav.ledger import failures
+from robustav.models.published.mmt import MmtLate
+from robustav.models.published.tal import TalTrans
 from robustav.published_universal import PublishedUniversal
 from robustav.randomness import draw_for, draws_for
 from robustav.threat import Budget, ThreatModel
@@ -495,68 +498,15 @@ def test_a_file_that_is_no_perturbation_is_refused(tmp_path):
         load(path)
 
 
-# The published protocol: the tiny late-fusion model and the tiny audio model of the fixtures, as functions of a state.
-
-
-def linear(x, state, name):
-    return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
-
-
-def layer_norm(x, state, name):
-    return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
-
-
-def convolutions(x, state, prefix):
-    """[batch, frame, bin] to [batch, frame / 4, dim]: ten convolutions, every second one pools."""
-    x = x[:, None]
-    for i in range(10):
-        s = {key: state[f"{prefix}conv.{i}.{key}"] for key in ("conv.weight", "conv.bias", "bn.weight", "bn.bias")}
-        mean, var = (state[f"{prefix}conv.{i}.bn.running_{name}"] for name in ("mean", "var"))
-        x = F.conv2d(x, s["conv.weight"], s["conv.bias"], padding=1)
-        x = F.batch_norm(x, mean, var, s["bn.weight"], s["bn.bias"]).relu()
-        if i % 2:
-            x = F.max_pool2d(x, (2, 2) if i < 4 else (1, 2))
-    return x.transpose(1, 2).flatten(2)
-
-
-def encoder(x, state, prefix, times=2):
-    """A post-norm encoder layer with eight heads, its weights shared between the times it is applied."""
-    for _ in range(times):
-        q, k, v = (
-            linear(x, state, f"{prefix}slf_attn.{w}").unflatten(-1, (8, -1)).transpose(1, 2)
-            for w in ("w_qs", "w_ks", "w_vs")
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        y = layer_norm(x + linear(mixed, state, f"{prefix}slf_attn.fc"), state, f"{prefix}slf_attn.layer_norm")
-        inner = linear(linear(y, state, f"{prefix}pos_ffn.w_1").relu(), state, f"{prefix}pos_ffn.w_2")
-        x = layer_norm(y + inner, state, f"{prefix}pos_ffn.layer_norm")
-    return x
-
-
-def attention_pooling(hidden, state):
-    frames = linear(hidden, state, "fc_prob").sigmoid().clamp(1e-7, 1 - 1e-7)
-    return (frames * linear(hidden, state, "fc_att").softmax(1)).sum(1)
-
-
-def audio_model(inputs, state):
-    return attention_pooling(encoder(convolutions(inputs["audio"], state, ""), state, "enc_layer."), state)
-
-
-def late_fusion(inputs, state):
-    heard = encoder(convolutions(inputs["audio"], state, "branch1."), state, "branch1.enc_layer.")
-    heard = F.avg_pool1d(heard.transpose(1, 2), 10).transpose(1, 2)
-    seen = linear(encoder(inputs["visual"], state, "branch2.enc_layer."), state, "branch2.hidden1").relu()
-    return attention_pooling(linear(heard, state, "alpha") + linear(seen, state, "beta"), state)
+# The published protocol, on the tiny late-fusion model and the tiny audio model of the fixtures, at their features.
 
 
 @pytest.fixture(scope="module")
 def fixtures(shared):
-    folder = shared / "reference" / "fixtures"
-
-    def read(protocol, model):
-        state = load_file(folder / f"{model}.safetensors")
-        state = {key.removeprefix("state."): x for key, x in state.items() if key.startswith("state.")}
-        return load_file(folder / f"{protocol}.safetensors"), state
+    def read(protocol, name):
+        kind, sizes = {"mmtlf": (MmtLate, {"dim": 64, "width": 48}), "taltrans": (TalTrans, {"dim": 64})}[name]
+        model = AtFeatures(loaded(kind(task_of(527), **sizes), numbers(shared, name).state))
+        return numbers(shared, protocol).tensors, lambda inputs: model(inputs).sigmoid()
 
     return read
 
@@ -571,28 +521,26 @@ def fixtures(shared):
     ],
 )
 def test_version_1_is_reproduced(fixtures, name, attacked, norm, epochs, keys):
-    published, state = fixtures("protocol_universal_pgd", "mmtlf")
+    published, model = fixtures("protocol_universal_pgd", "mmtlf")
     x, labels = {"audio": published["in.audio"], "visual": published["in.video"]}, published["in.target"]
     protocol = PublishedUniversal(step_norm=norm, norm=norm, epochs=epochs)
-    followed = protocol.follow(lambda inputs: late_fusion(inputs, state), in_batches(x, labels, 4), attacked)
+    followed = protocol.follow(model, in_batches(x, labels, 4), attacked)
     for m, key in zip(attacked, keys, strict=True):
         torch.testing.assert_close(followed.deltas[-1][m], published[f"out.{key}"], rtol=0, atol=1e-4)
         assert followed.reached[-1][m].max_abs == published[f"out.{key}"].abs().max().item()
     assert followed.losses == pytest.approx(published[f"out.{name}_losses"].tolist(), abs=1e-4)
     if (after := published.get(f"out.prob_{name}_attacked")) is not None:
-        torch.testing.assert_close(late_fusion(followed.on(x), state), after, rtol=0, atol=1e-4)
-        torch.testing.assert_close(late_fusion(x, state), published["out.prob_clean"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(model(followed.on(x)), after, rtol=0, atol=1e-4)
+        torch.testing.assert_close(model(x), published["out.prob_clean"], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("norm", "likeness"), [("linf", 0.99), ("l2", 0.999)])
 def test_version_2_is_reproduced_as_far_as_rounding_lets_it(fixtures, norm, likeness):
     """The reference's tolerance: rounding decides whether clips are rescaled, so deltas are compared by direction."""
-    published, state = fixtures("protocol_universal_pgd_v2", "taltrans")
+    published, model = fixtures("protocol_universal_pgd_v2", "taltrans")
     x, key = {"audio": published["in.x"]}, {"linf": "inf", "l2": "l2"}[norm]
     protocol = PublishedUniversal(2, step=0.01, step_norm=norm, norm=norm, epochs=4)
-    followed = protocol.follow(
-        lambda inputs: audio_model(inputs, state), in_batches(x, published["in.target"], 4), ("audio",)
-    )
+    followed = protocol.follow(model, in_batches(x, published["in.target"], 4), ("audio",))
     delta = followed.deltas[-1]["audio"]
     assert F.cosine_similarity(delta.flatten(), published[f"out.{key}_delta"].flatten(), 0) >= likeness
     torch.testing.assert_close(delta, published[f"out.{key}_delta"], rtol=0, atol=0.1)

@@ -62,7 +62,8 @@ def attack(
             "--model",
             "-m",
             autocompletion=models_by_name,
-            help="A name from `robustav models`, or package.module:factory, or file.py:factory.",
+            help="A name from `robustav models`, hf:FOLDER, timm:NAME, package.module:factory or file.py:factory; settings in "
+            "brackets, as in 'cav-mae(frames=1)' or 'ast(at=features)'.",
         ),
     ] = "av-fusion",
     eps: Annotated[
@@ -234,13 +235,32 @@ def report(
 
 @app.command()
 def models(
-    name: Annotated[str | None, typer.Argument(autocompletion=models_by_name, help="One model, in full.")] = None,
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            autocompletion=models_by_name,
+            help="One model, in full; `check` to say which model FILE fits; `convert` to write FILE to OUT as safetensors.",
+        ),
+    ] = None,
+    files: Annotated[list[str] | None, typer.Argument(help="With `check`: FILE. With `convert`: FILE OUT.")] = None,
+    trust_pickle: Annotated[bool, typer.Option(help="Unpickle FILE. This runs code that is in it.")] = False,
     json: Json = False,
 ) -> None:
-    """List the models, or show one: inputs, stages, weights and how they were made."""
-    from robustav.cli.listing import list_models, show_model
+    """List the models, or show one: inputs, stages, weights and how they were made; or look into a checkpoint."""
+    from robustav.cli.models import check_checkpoint, convert_checkpoint, list_models, show_model
 
-    show_model(name, json) if name else list_models(json)
+    given = files or []
+    wanted = {"check": "FILE", "convert": "FILE OUT"}.get(what or "", "")
+    if len(given) != len(wanted.split()):
+        words = " ".join(given) or "nothing"
+        raise typer.BadParameter(f"`{what}` takes {wanted or 'no file'}, got {words}")
+    if what == "check":
+        if not check_checkpoint(given[0], trust_pickle, json):
+            raise typer.Exit(FAILED_AUDIT)
+    elif what == "convert":
+        convert_checkpoint(given[0], given[1], trust_pickle)
+    else:
+        show_model(what, json) if what else list_models(json)
 
 
 @app.command()
@@ -255,7 +275,7 @@ def data(
     json: Json = False,
 ) -> None:
     """List the data sets, show one, or check your own before attacking."""
-    from robustav.cli.listing import check_data, list_data, show_data
+    from robustav.cli.data import check_data, list_data, show_data
 
     if what == "check":
         if path is None:

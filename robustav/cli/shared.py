@@ -1,10 +1,13 @@
 """What several commands share: where errors go, completion of names, and the choice of a format."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from robustav.classifier import InputSpec
 
 ERRORS = Console(stderr=True)
 FAILED_AUDIT = 1  # exit code
@@ -15,9 +18,9 @@ Json = Annotated[bool, typer.Option("--json", help="The same as --format json.")
 
 
 def models_by_name(incomplete: str) -> list[str]:
-    """Embedded models, for tab completion, from their weight files: no need to import torch."""
-    files = (Path(__file__).parents[1] / "models" / "weights").glob("*.safetensors")
-    return sorted(file.stem for file in files if file.stem.startswith(incomplete))
+    """Models for tab completion, from a list on disk: no need to import torch."""
+    names = (Path(__file__).parents[1] / "models" / "names.txt").read_text(encoding="utf-8").split()
+    return sorted(name for name in names if name.startswith(incomplete))
 
 
 def chosen_format(name: str | None, json: bool) -> str | None:
@@ -26,3 +29,17 @@ def chosen_format(name: str | None, json: bool) -> str | None:
     if name is not None and name not in known:
         raise typer.BadParameter(f"must be one of {', '.join(known)}, got {name!r}", param_hint="--format")
     return "json" if json else name
+
+
+def wide_console() -> Console:
+    """Standard output; where that is no terminal, wide enough for tables."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    return console
+
+
+def words_of(spec: "InputSpec") -> str:
+    """An input's shape, unit and range."""
+    rate = f" at {spec.sample_rate} Hz" if spec.sample_rate else ""
+    return f"{list(spec.shape)}{rate}, {spec.unit} in [{spec.low:g}, {spec.high:g}]"

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from robustav.classifier import InputSpec, LabelKind
+from robustav.classifier import FEATURE, InputSpec, LabelKind
 from robustav.data.decode import NoTrackError, read_audio, read_frame_folder, read_frames
-from robustav.data.manifest import Entry
+from robustav.data.manifest import FEATURES, Entry
 from robustav.data.samples import Sample, SkippedError
 
 MODALITIES = {"audio": (1, -1.0, 1.0), "visual": (4, 0.0, 1.0)}  # axes after the batch axis, low, high
@@ -83,7 +84,10 @@ class Clips:
         inputs: dict[str, Tensor] = {}
         signal: dict[str, Tensor] = {}
         end = entry.end
-        if "audio" in self.specs:
+        for modality, spec in self.specs.items():
+            if spec.unit == FEATURE:
+                inputs[modality] = read_features(entry.features(modality), modality, spec)
+        if "audio" in self.specs.keys() - inputs.keys():
             spec = self.specs["audio"]
             length, rate = spec.shape[0], spec.sample_rate or 0
             end = min((entry.start or 0) + length / rate, math.inf if end is None else end)
@@ -93,7 +97,7 @@ class Clips:
             inputs["audio"] = pad(audio, (0, length - len(audio)))
             if len(audio) < length:
                 signal["audio"] = torch.arange(length) < len(audio)
-        if "visual" in self.specs:
+        if "visual" in self.specs.keys() - inputs.keys():
             count, _, height, width = self.specs["visual"].shape
             with needed("visual"):
                 inputs["visual"] = (
@@ -147,6 +151,30 @@ def given(file: Path | None, kind: str) -> Path:
     return file
 
 
+def read_features(file: Path | None, modality: str, spec: InputSpec) -> Tensor:
+    """An array of a .npy file, of the shape and range that the model reads; raises `SkippedError` otherwise."""
+    if file is None:
+        raise SkippedError(
+            f"no {FEATURES[modality]}, and the model reads {modality} features of shape {list(spec.shape)}"
+        )
+    try:
+        array = np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        raise SkippedError(f"no such file: {file.name}") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise SkippedError(f"{file.name} is no .npy file of numbers: {error}") from error
+    if not isinstance(array, np.ndarray) or array.shape != spec.shape or array.dtype.kind not in "fiu":
+        got = f"{list(array.shape)} of {array.dtype}" if isinstance(array, np.ndarray) else "an archive"
+        raise SkippedError(f"{file.name} must hold numbers of shape {list(spec.shape)}, got {got}")
+    features = torch.from_numpy(array.astype(np.float32))
+    if not bool(features.isfinite().all()) or not (spec.low <= features.min() and features.max() <= spec.high):
+        low, high = features.aminmax()
+        raise SkippedError(
+            f"{file.name} must lie in [{spec.low:g}, {spec.high:g}], got values from {low:g} to {high:g}"
+        )
+    return features
+
+
 def fingerprint(file: Path) -> list[str | int]:
     """Name, size, and the sha256 of both ends of a file; of a missing file, its name."""
     try:
@@ -167,6 +195,8 @@ def check_specs(specs: Mapping[str, InputSpec]) -> None:
         got = ", ".join(map(repr, unknown)) if specs else "none"
         raise ValueError(f"`specs` must name modalities among {', '.join(MODALITIES)}, got {got}")
     for modality, spec in specs.items():
+        if spec.unit == FEATURE:
+            continue
         axes, low, high = MODALITIES[modality]
         if len(spec.shape) != axes or (modality == "visual" and spec.shape[1] != 3):
             form = "(time,)" if modality == "audio" else "(frame, 3, height, width)"
@@ -178,5 +208,5 @@ def check_specs(specs: Mapping[str, InputSpec]) -> None:
                 f"`specs[{modality!r}]` must span [{low:g}, {high:g}], as clips do, got [{spec.low:g}, {spec.high:g}]: "
                 "scale within the model"
             )
-    if "audio" in specs and not specs["audio"].sample_rate:
+    if "audio" in specs and specs["audio"].unit != FEATURE and not specs["audio"].sample_rate:
         raise ValueError(f"`specs['audio']` must have a sample rate in Hz, got {specs['audio'].sample_rate}")

@@ -12,7 +12,8 @@ from typing import Any
 
 from robustav.data.decode import frame_files, natural
 
-COLUMNS = ("id", "path", "audio", "frames", "start", "end", "labels")
+FEATURES = {"audio": "audio_features", "visual": "visual_features"}  # modality -> column
+COLUMNS = ("id", "path", "audio", "frames", *FEATURES.values(), "start", "end", "labels")
 VIDEO_SUFFIXES = frozenset(
     {
         ".3gp",
@@ -44,7 +45,8 @@ JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
 class Entry:
     """One line of a manifest: where a clip is, which part of it, and what it shows.
 
-    `path` is a media file; `audio` and `frames` (a folder of pictures) take its place for their modality. `start` and
+    `path` is a media file; `audio` and `frames` (a folder of pictures) take its place for their modality, and .npy files of
+    features for models that read those in place of sound or pictures. `start` and
     `end` in seconds cut the media files, not the folder of frames, which is taken to show just that part. `labels` is
     None where nobody labelled the clip, and empty where it was labelled with no class. `line` is 0 for clips that came
     from no list.
@@ -58,10 +60,18 @@ class Entry:
     end: float | None = None
     labels: tuple[str, ...] | None = None
     line: int = 0
+    audio_features: Path | None = None
+    visual_features: Path | None = None
+
+    def features(self, modality: str) -> Path | None:
+        """The file that holds a modality's features."""
+        return {"audio": self.audio_features, "visual": self.visual_features}[modality]
 
     def files(self) -> Iterator[Path]:
         """Every file that the clip is read from, in a fixed order."""
-        yield from (file for file in (self.path, self.audio) if file is not None)
+        yield from (
+            file for file in (self.path, self.audio, self.audio_features, self.visual_features) if file is not None
+        )
         if self.frames is not None and self.frames.is_dir():
             yield from sorted(frame_files(self.frames), key=natural)
 
@@ -69,8 +79,8 @@ class Entry:
 def read_manifest(path: str | Path) -> list[Entry]:
     """The clips that `path` lists: a .csv, .tsv or JSON-lines manifest, a folder (searched deeply), or a media file.
 
-    A table starts with a row of column names among id, path, audio, frames, start, end and labels; a line of JSON has
-    them as keys. Each clip needs a path, an audio file or a folder of frames, relative to the manifest; its id is the
+    A table starts with a row of column names among id, path, audio, frames, audio_features, visual_features, start, end
+    and labels; a line of JSON has them as keys. Each clip needs at least one file or folder, relative to the manifest; its id is the
     file's stem unless given; several labels stand side by side with ";" or "|" between them (in JSON, in a list). A
     clip without labels (an empty cell, null) is unlabelled; one labelled with no class has ";" alone, or []. Media
     files that are missing are found out when loaded, so that one does not lose the others.
@@ -213,9 +223,12 @@ def entry_of(row: Mapping[str, Any], line: int, manifest: Path) -> Entry:
         return number
 
     path, audio, frames, start, end = place("path"), place("audio"), place("frames"), seconds("start"), seconds("end")
-    source = path or audio or frames
+    features = [place(column) for column in FEATURES.values()]
+    source = next((file for file in (path, audio, frames, *features) if file is not None), None)
     if source is None:
-        raise ValueError(f"{manifest}, line {line}: a clip needs a path, an audio file or a folder of frames, got none")
+        raise ValueError(
+            f"{manifest}, line {line}: a clip needs a path, an audio file, a folder of frames or features, got none"
+        )
     if end is not None and end <= (start or 0):
         raise refuse("end", f"after the start at {start or 0:g} s", row["end"])
     labels = row.get("labels")
@@ -227,4 +240,4 @@ def entry_of(row: Mapping[str, Any], line: int, manifest: Path) -> Entry:
     if isinstance(name, bool) or not isinstance(name, str | int) or not str(name).strip():
         raise refuse("id", "a name", name)
     names = None if labels is None else tuple(label.strip() for label in labels)
-    return Entry(str(name).strip(), path, audio, frames, start, end, names, line)
+    return Entry(str(name).strip(), path, audio, frames, start, end, names, line, *features)

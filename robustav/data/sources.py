@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from robustav.classifier import Classifier
+from robustav.classifier import AtFeatures, Classifier
+from robustav.data.audioset import MACHINE_IDS
 from robustav.data.av_events import SPLITS, AvEvents
 from robustav.data.clips import Clips
+from robustav.data.featured import Featured
 from robustav.data.manifest import read_manifest
 from robustav.data.samples import Progress, Samples
 
@@ -25,6 +27,9 @@ def load_samples(source: str | None, model: Classifier, progress: Progress | Non
     if source is None or (name in DATA and not path.exists()):
         if split and split not in SPLITS:
             raise ValueError(f"av-events has the splits {', '.join(SPLITS)}, got {split!r}")
+        if isinstance(model, AtFeatures):
+            samples, quick_look = load_samples(source, model.model, progress)
+            return Featured(samples, model), quick_look
         samples = AvEvents(split or "test", progress=progress)
         if samples.classes != tuple(model.classes):
             raise ValueError(
@@ -42,4 +47,17 @@ def load_samples(source: str | None, model: Classifier, progress: Progress | Non
         raise ValueError(
             f"no data {source!r}: give {', '.join(DATA)}, a manifest (CSV or JSON lines), a folder or a clip"
         )
-    return Clips(read_manifest(path), model.specs, model.classes, model.label_kind, name=path.name), None
+    return read_clips(path, model), None
+
+
+def read_clips(path: Path, model: Classifier) -> Samples:
+    """The clips of a manifest, a folder or one clip. AudioSet's machine ids are understood beside its names.
+
+    A model that is attacked at its features reads them through its own front ends, or from files where each clip has
+    them.
+    """
+    entries = read_manifest(path)
+    named = all(entry.features(m) is not None for entry in entries for m in model.specs)
+    if isinstance(model, AtFeatures) and not named:
+        return Featured(read_clips(path, model.model), model)
+    return Clips(entries, model.specs, model.classes, model.label_kind, name=path.name, aliases=MACHINE_IDS)

@@ -1,56 +1,44 @@
-"""Models by name, and a user's own by where its factory is."""
+"""Models by name: embedded with their weights, published, a user's own."""
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from robustav.classifier import Classifier, Wrapped
+from robustav.classifier import AtFeatures, Classifier, Wrapped
 from robustav.data.av_events import AvEventsConfig
-from robustav.models import small
+from robustav.models import published, small
+from robustav.models.asked import Asked, parse_model, task_of
 from robustav.models.checkpoints import digest_of_file, load_into, read_card, read_checkpoint
-
-WEIGHTS = Path(__file__).parent / "weights"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A row of `MODELS`: how to build it, what it is, and where it comes from."""
-
-    build: Callable[[], Classifier]
-    summary: str
-    source: str
-    weights: str = ""  # file beside this one, if weights ship with the package
-
-    @property
-    def path(self) -> Path:
-        return WEIGHTS / self.weights
-
-
-def _embedded(build: Callable[..., Classifier], *modalities: str) -> Callable[[], Classifier]:
-    """A network for the default av-events, of the modalities named."""
-    config = AvEventsConfig()
-    return lambda: build({m: config.specs[m] for m in modalities}, config.class_names)
-
+from robustav.models.entry import Entry, Published, Task
+from robustav.models.factory import from_factory
+from robustav.models.fit import classes_in, resampled_tables, weightless
 
 BOTH = ("audio", "visual")
-OURS = "robustav, trained on av-events"
-MODELS: dict[str, Entry] = {
-    "audio-cnn": Entry(_embedded(small.late, "audio"), "log-mel CNN, hears only", OURS, "audio-cnn.safetensors"),
-    "visual-cnn": Entry(_embedded(small.late, "visual"), "CNN over frames, sees only", OURS, "visual-cnn.safetensors"),
-    "av-early": Entry(
-        _embedded(small.EarlyFusion, *BOTH), "maps of both on one grid, one CNN", OURS, "av-early.safetensors"
-    ),
-    "av-mid": Entry(
-        _embedded(small.MidFusion, *BOTH), "CNN each, then a joint transformer", OURS, "av-mid.safetensors"
-    ),
-    "av-fusion": Entry(_embedded(small.late, *BOTH), "late fusion: CNN each, one head", OURS, "av-fusion.safetensors"),
+
+
+def _embedded(build: Callable[..., Classifier], summary: str, name: str, *modalities: str) -> Entry:
+    """A network for the default av-events, of the modalities named, with the weights that ship."""
+    config = AvEventsConfig()
+    task = Task(config.class_names, "multilabel", config.seconds, config.frames, config.frame_size)
+    return Entry(
+        lambda task: build({m: config.specs[m] for m in modalities}, task.classes),
+        summary,
+        "robustav, trained on av-events",
+        weights=f"{name}.safetensors",
+        task=task,
+    )
+
+
+EMBEDDED: dict[str, Entry] = {
+    "audio-cnn": _embedded(small.late, "log-mel CNN, hears only", "audio-cnn", "audio"),
+    "visual-cnn": _embedded(small.late, "CNN over frames, sees only", "visual-cnn", "visual"),
+    "av-early": _embedded(small.EarlyFusion, "maps of both on one grid, one CNN", "av-early", *BOTH),
+    "av-mid": _embedded(small.MidFusion, "CNN each, then a joint transformer", "av-mid", *BOTH),
+    "av-fusion": _embedded(small.late, "late fusion: CNN each, one head", "av-fusion", *BOTH),
 }
+MODELS: dict[str, Entry] = {**EMBEDDED, **published.MODELS}
 
 
 def load_model(
@@ -58,72 +46,94 @@ def load_model(
 ) -> tuple[Classifier, dict[str, Any]]:
     """A model in eval mode, and what a report should say of it.
 
-    `name` is a key of `MODELS`, or `package.module:factory` or `path/to/file.py:factory` for a user's own: a callable
-    without arguments that returns a `Classifier`. `checkpoint` replaces the weights. Raises `ValueError` naming what
-    was expected and what came.
+    `name` is a key of `MODELS`; `hf:FOLDER`, a local folder of Hugging Face's; `timm:NAME`; or `package.module:factory` or
+    `path/to/file.py:factory` for a user's own: a callable without arguments that returns a `Classifier`. Settings stand
+    behind it in brackets (`robustav.models.asked`). `checkpoint` replaces the weights; published models have none
+    without it. Raises `ValueError` naming what was expected and what came.
     """
+    asked = parse_model(name)
     about: dict[str, Any] = {"model": name}
-    if name in MODELS:
-        entry = MODELS[name]
-        model = entry.build()
-        about |= {"summary": entry.summary, "source": entry.source}
-        if entry.weights and checkpoint is None:
-            about["card"] = read_card(entry.path)
-            load_into(model, read_checkpoint(entry.path), entry.weights)
-    elif ":" in name:
-        model = _from_factory(name)
+    kind, _, rest = asked.name.partition(":")
+    if asked.name in MODELS:
+        model = _from_table(asked, checkpoint, trust_pickle, about)
+    elif kind == "hf" and rest:
+        from robustav.models.hugging_face import from_directory, weight_file
+
+        model = from_directory(rest, **asked.task)
+        weights = weight_file(rest)
+        about |= {"summary": type(model).__name__, "checkpoint": weights.name}
+        about["checkpoint_sha256"] = digest_of_file(weights)
+    elif kind == "timm" and rest:
+        from robustav.models.timm_models import from_timm
+
+        if checkpoint is None:
+            raise ValueError(
+                f"{name!r} comes without weights, and none are downloaded: give your own with --checkpoint"
+            )
+        model = from_timm(rest, **asked.task)
+    elif ":" in asked.name:
+        if asked.task:
+            raise ValueError(f"a factory takes no settings but `at`, got {', '.join(asked.task)}: set them within it")
+        model = from_factory(asked.name)
     else:
         raise ValueError(
-            f"no model {name!r}: give one of {', '.join(MODELS)}, or your own as package.module:factory or file.py:factory"
+            f"no model {asked.name!r}: give one of {', '.join(EMBEDDED)}, a published one (robustav models), or your own "
+            "as hf:FOLDER, timm:NAME, package.module:factory or file.py:factory"
         )
     if checkpoint is not None:
-        # A user's own weights were saved from the network, before it was wrapped.
-        load_into(
-            model.network if isinstance(model, Wrapped) else model,
-            read_checkpoint(checkpoint, trust_pickle=trust_pickle),
-            str(checkpoint),
-        )
+        if asked.name not in MODELS:
+            # A user's own weights were saved from the network, before it was wrapped.
+            network = model.network if isinstance(model, Wrapped) else model
+            load_into(network, read_checkpoint(checkpoint, trust_pickle=trust_pickle), str(checkpoint))
         about |= {"checkpoint": Path(checkpoint).name, "checkpoint_sha256": digest_of_file(checkpoint)}
-    return model.eval(), about
+    return (AtFeatures(model) if asked.at_features else model).eval(), about
 
 
-def _from_factory(name: str) -> Classifier:
-    where, _, attribute = name.rpartition(":")
-    if where.endswith(".py"):
-        path = Path(where)
-        if not path.is_file():
-            raise ValueError(f"model {name!r}: there is no file {str(path)!r}")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        # Registered, so that the classes in it can be pickled; its folder on the path, so that it finds its neighbours.
-        sys.modules.setdefault(path.stem, module)
-        if (folder := str(path.parent.resolve())) not in sys.path:
-            sys.path.insert(0, folder)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:  # a user's file may fail in any way, and the model cannot be had
-            raise ValueError(f"model {name!r}: {path} failed with {type(error).__name__}: {error}") from error
-    else:
-        try:
-            module = importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"model {name!r}: cannot import {error.name!r} (is it installed, or on PYTHONPATH?)"
-            ) from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        public = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
-        raise ValueError(f"model {name!r}: {where} has no callable {attribute!r}; it has {', '.join(public[:20])}")
-    try:
-        model = factory()
-    except Exception as error:  # whatever a user's code raises, it is the model that cannot be had
-        raise ValueError(f"model {name!r}: its factory failed with {type(error).__name__}: {error}") from error
-    if not isinstance(model, Classifier):
-        kind = "an nn.Module" if isinstance(model, nn.Module) else f"a {type(model).__name__}"
+def inputs_of(name: str) -> Classifier:
+    """A model for what it reads and which classes it knows: of one in `MODELS` the weights are not needed, nor there."""
+    asked = parse_model(name)
+    if asked.name in MODELS:
+        entry = MODELS[asked.name]
+        return _checked(weightless(entry, task_of(entry.task, asked.task)), asked.name)
+    return load_model(name)[0]
+
+
+def _from_table(asked: Asked, checkpoint: Path | str | None, trust_pickle: bool, about: dict[str, Any]) -> Classifier:
+    """A row's model with its own weights, or those of a checkpoint."""
+    entry = MODELS[asked.name]
+    task = task_of(entry.task, asked.task)
+    _checked(weightless(entry, task), asked.name)
+    about |= {"summary": entry.summary, "source": entry.source}
+    about |= {key: getattr(entry, key) for key in ("paper", "licence") if getattr(entry, key)}
+    if checkpoint is None:
+        if not entry.weights:
+            where = f"; official ones are at {entry.published}" if entry.published else ""
+            raise ValueError(f"{asked.name} comes without weights: give a checkpoint with --checkpoint FILE{where}")
+        model = _checked(entry.build(task), asked.name)
+        about["card"] = read_card(entry.path)
+        load_into(model, read_checkpoint(entry.path), entry.weights)
+        return model
+    state = read_checkpoint(checkpoint, trust_pickle=trust_pickle)
+    count = classes_in(state, entry)
+    if count not in (None, len(task.classes)) and "classes" in entry.takes:
         raise ValueError(
-            f"model {name!r}: the factory must return a robustav Classifier, got {kind}. Wrap a network as "
-            "robustav.classifier.Wrapped(network, specs={'audio': waveform(10.0)}, classes=(...), "
-            "label_kind='multilabel')"
+            f"{checkpoint} tells {count} classes apart, and {asked.name} is asked for {len(task.classes)}: name them with "
+            f"--model '{asked.name}(classes=FILE)', a name a line in the order of its outputs"
         )
+    model = _checked(entry.build(task), asked.name)
+    adapted = model.adapted(state) if isinstance(model, Published) else state
+    try:
+        load_into(model, adapted, str(checkpoint))
+    except ValueError as error:
+        raise ValueError(f"{error}. Which model it fits: robustav models check {checkpoint}") from None
+    if tables := resampled_tables(state, adapted):
+        about["resampled"] = list(tables)
     return model
+
+
+def _checked(model: nn.Module, name: str) -> Classifier:
+    if isinstance(model, Classifier):
+        return model
+    family = name.partition("-pretrain")[0]
+    tuned = [other for other in MODELS if other.startswith(family) and "pretrain" not in other]
+    raise ValueError(f"{name} is a pre-training model, without classes to attack; fine-tuned: {', '.join(tuned[:4])}")

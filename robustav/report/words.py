@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from robustav.classifier import FEATURE
 from robustav.metrics.intervals import FEW_CLIPS
 
 WORST = "worst case"
@@ -45,8 +46,10 @@ def header_of(record: dict[str, Any], used: int, failed: bool) -> dict[str, str]
         weights += f", as shipped (file sha256 {about['card']['sha256'][:12]})"
     if "checkpoint" in about:
         weights += f", from {about['checkpoint']} (sha256 {about['checkpoint_sha256'][:12]})"
+    if "resampled" in about:
+        weights += f", {' and '.join(about['resampled'])} resampled to this model's size"
     return {
-        "model": name_of(record) + (f", {about['summary']}" if "summary" in about else ""),
+        "model": ", ".join([name_of(record), *(about[key] for key in ("summary", "paper") if about.get(key))]),
         "weights": weights,
         "data": f"{record['samples']}, data {identity['data'][:12]}, {spent}",
         "threat": _knowledge(identity["conditions"]) + "; " + ("; or ".join(budgets) or "nothing is attacked"),
@@ -127,8 +130,15 @@ def notes_of(
         notes.append(f"Label {label!r} ({count} clip{'s' * (count > 1)}) is no class of the model and was ignored.")
     if len(record["unknown_labels"]) > 10:
         notes.append(f"... and {len(record['unknown_labels']) - 10} more labels that the model lacks.")
-    audio = record["identity"]["specs"].get("audio")
-    if audio and not str(record["samples"]).startswith("av-events"):
+    specs = record["identity"]["specs"]
+    featured = [m for m, spec in specs.items() if spec["unit"] == FEATURE]
+    if featured:
+        notes.append(
+            f"What was changed are {' and '.join(featured)} features, not recordings: many such changes belong to no sound or "
+            "picture. For diagnosis, and for protocols that were published so."
+        )
+    audio = specs.get("audio")
+    if audio and audio["sample_rate"] and not str(record["samples"]).startswith("av-events"):
         seconds = audio["shape"][0] / audio["sample_rate"]
         notes.append(
             f"The model reads {seconds:g} s: of a longer clip what follows is not tested, a shorter one is padded with "

@@ -21,7 +21,8 @@ from robustav.losses import bce
 from robustav.metrics.intervals import bootstrap, bootstrap_weights, centred_interval, wilson
 from robustav.metrics.tagging import mean_average_precision, top1_hit
 from robustav.models.checkpoints import digest_of_file
-from robustav.models.zoo import MODELS, WEIGHTS
+from robustav.models.entry import WEIGHTS
+from robustav.models.zoo import EMBEDDED
 
 log = logging.getLogger(__name__)
 
@@ -102,10 +103,17 @@ def scores(model: Classifier, scenes: Scenes) -> np.ndarray:
         return torch.cat([model(inputs) for inputs, _ in scenes.batches(32)]).numpy()
 
 
+def untrained(name: str) -> Classifier:
+    """An embedded network with random weights."""
+    model = EMBEDDED[name].build()
+    assert isinstance(model, Classifier)
+    return model
+
+
 def make(name: str, recipe: Recipe, folder: Path) -> None:
     """Train one embedded model; write its weights and its card."""
     torch.manual_seed(recipe.seed)  # initial weights and dropout: a training script may own the global generator
-    model = train(MODELS[name].build(), recipe)
+    model = train(untrained(name), recipe)
     test = Scenes("test", list(model.specs))
     exact = scores(model, test)
     state = {key: x.clone() for key, x in model.state_dict().items()}
@@ -127,7 +135,7 @@ def make(name: str, recipe: Recipe, folder: Path) -> None:
     hits = int(top1_hit(logits, labels).sum())
     card = {
         "model": name,
-        "summary": MODELS[name].summary,
+        "summary": EMBEDDED[name].summary,
         "sha256": digest_of_file(path),
         "parameters": sum(p.numel() for p in model.parameters()),
         "recipe": asdict(recipe)
@@ -152,5 +160,5 @@ def make(name: str, recipe: Recipe, folder: Path) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for model_name in sys.argv[1:] or MODELS:
+    for model_name in sys.argv[1:] or EMBEDDED:
         make(model_name, Recipe(), WEIGHTS)

@@ -1,4 +1,4 @@
-"""What `robustav models` and `robustav data` print."""
+"""What `robustav data` prints."""
 
 import json
 from collections import Counter
@@ -6,81 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from robustav.classifier import InputSpec
+from robustav.cli.shared import wide_console, words_of
 from robustav.data.av_events import SPLITS, AvEvents
 from robustav.data.samples import Progress, SkippedError
 from robustav.data.sources import DATA, load_samples
-from robustav.models.zoo import MODELS, load_model
-
-
-def _console() -> Console:
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
-    return console
-
-
-def _spec(spec: InputSpec) -> str:
-    rate = f" at {spec.sample_rate} Hz" if spec.sample_rate else ""
-    return f"{list(spec.shape)}{rate}, {spec.unit} in [{spec.low:g}, {spec.high:g}]"
-
-
-def _facts(name: str) -> dict[str, Any]:
-    model, about = load_model(name)
-    return {
-        "name": name,
-        "summary": about.get("summary", type(model).__name__),
-        "inputs": {m: _spec(spec) for m, spec in model.specs.items()},
-        "classes": list(model.classes),
-        "label_kind": model.label_kind,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "stages": {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()},
-        "source": about.get("source", name),
-        "card": about.get("card", {}),
-    }
-
-
-def list_models(as_json: bool) -> None:
-    """A line a model, with what its card says of clean data."""
-    rows = [_facts(name) for name in MODELS]
-    if as_json:
-        typer.echo(json.dumps(rows, indent=1))
-        return
-    table = Table("model", "what it is", "inputs", "parameters", "clean mAP (95 %)", box=None, pad_edge=False)
-    for row in rows:
-        clean = row["card"].get("clean", {})
-        ends = "..".join(f"{end:.3f}" for end in clean.get("mAP_95", []))
-        score = f"{clean['mAP']:.3f} ({ends})" if clean else "-"
-        table.add_row(row["name"], row["summary"], "\n".join(row["inputs"]), f"{row['parameters']:,}", score)
-    console = _console()
-    console.print(table, highlight=False)
-    console.print(
-        "One in full: robustav models NAME. Your own: --model package.module:factory or file.py:factory.", style="dim"
-    )
-
-
-def show_model(name: str, as_json: bool) -> None:
-    """Everything known of one model."""
-    facts = _facts(name)
-    if as_json:
-        typer.echo(json.dumps(facts, indent=1))
-        return
-    table = Table.grid(padding=(0, 2))
-    table.add_row("model", f"{facts['name']}: {facts['summary']}")
-    for modality, text in facts["inputs"].items():
-        table.add_row(f"input {modality}", text)
-    table.add_row("classes", f"{len(facts['classes'])}, {facts['label_kind']}: {', '.join(facts['classes'][:12])}")
-    table.add_row("parameters", f"{facts['parameters']:,}")
-    for stage, count in facts["stages"].items():
-        table.add_row("", f"{stage}: {count:,}")
-    table.add_row("source", facts["source"])
-    for key, value in facts["card"].items():
-        if key not in ("model", "summary", "parameters"):
-            table.add_row(key, json.dumps(value) if not isinstance(value, str) else value)
-    _console().print(table, highlight=False, markup=False)
+from robustav.models.zoo import inputs_of
 
 
 def list_data(as_json: bool) -> None:
@@ -91,7 +23,7 @@ def list_data(as_json: bool) -> None:
     table = Table("data", "what it is", box=None, pad_edge=False)
     for name, summary in DATA.items():
         table.add_row(name, summary)
-    console = _console()
+    console = wide_console()
     console.print(table, highlight=False)
     console.print(
         "Your own: --data MANIFEST (CSV with the columns id, path, audio, frames, start, end, labels, or JSON lines), a folder,\n"
@@ -114,11 +46,11 @@ def show_data(name: str, as_json: bool, progress: Progress) -> None:
             "sha256": samples.digest,
             "positives": dict(zip(samples.classes, positives, strict=True)),
         }
-        facts |= {"config": asdict(samples.config), "inputs": {m: _spec(s) for m, s in samples.specs.items()}}
+        facts |= {"config": asdict(samples.config), "inputs": {m: words_of(s) for m, s in samples.specs.items()}}
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
         return
-    console = _console()
+    console = wide_console()
     console.print(f"{name}: {facts['summary']}", highlight=False)
     for modality, text in facts["inputs"].items():
         console.print(f"  {modality}: {text}", highlight=False, markup=False)
@@ -130,7 +62,7 @@ def show_data(name: str, as_json: bool, progress: Progress) -> None:
 
 def check_data(path: str, model_name: str, as_json: bool, progress: Progress) -> int:
     """Read every clip as the model would; returns how many can be used."""
-    model, _ = load_model(model_name)
+    model = inputs_of(model_name)
     samples, _ = load_samples(path, model, progress)
     bad: dict[str, str] = {}
     labels: Counter[str] = Counter()
@@ -152,7 +84,7 @@ def check_data(path: str, model_name: str, as_json: bool, progress: Progress) ->
         facts = {"clips": len(samples.ids), "usable": usable, "unlabelled": unlabelled, "labels": dict(labels)}
         typer.echo(json.dumps({**facts, "unknown_labels": unknown, "skipped": bad}, indent=1))
         return usable
-    console = _console()
+    console = wide_console()
     console.print(
         f"{usable} of {len(samples.ids)} clips can be used with {model_name}; {unlabelled} of them have no label it knows",
         highlight=False,

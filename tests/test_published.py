@@ -1,0 +1,165 @@
+"""Every published model by name: it builds, its stages fit together, and its checkpoints are told from all others."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from conftest import tiny_fusion
+from published import fill
+from torch import nn
+
+from robustav.classifier import AtFeatures, Classifier
+from robustav.cli.models import stages
+from robustav.models import published
+from robustav.models.entry import Entry, Published, Task
+from robustav.models.fit import fits, weightless
+from robustav.models.zoo import EMBEDDED, MODELS, load_model
+
+NAMES = list(published.MODELS)
+OTHER = {"classes": ("a", "b", "c"), "label_kind": "multiclass", "seconds": 5.0, "frames": 2, "size": 448}
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, nn.Module]:
+    """Every model, without memory for its weights."""
+    return {name: weightless(entry) for name, entry in published.MODELS.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_row_says_where_it_comes_from(name):
+    entry = published.MODELS[name]
+    assert len(entry.summary) <= 60
+    assert entry.source
+    assert "arXiv:" in entry.paper
+    assert entry.licence
+    assert not entry.published or entry.published.startswith("https://"), "empty where no checkpoint is published"
+    assert set(entry.takes) <= {field.name for field in fields(Task)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stages_lead_from_raw_inputs_to_a_logit_for_each_class(name, built):
+    entry, model = published.MODELS[name], built[name]
+    assert isinstance(model, Published)
+    if not isinstance(model, Classifier):
+        assert "pretrain" in name
+        assert not entry.head
+        return
+    assert model.classes == entry.task.classes
+    assert model.label_kind == entry.task.label_kind
+    assert set(model.specs) <= {"audio", "visual"}
+    told = stages(model)
+    assert told["classify"] == f"[{len(model.classes)}]"
+    assert model.state_dict()[entry.head].shape[0] == len(model.classes)
+    assert not any(".front_end" in key or "fbank" in key for key in model.state_dict()), "front ends stay out of files"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if published.MODELS[name].takes])
+def test_what_a_row_takes_can_be_set(name):
+    entry = published.MODELS[name]
+    for key in entry.takes:
+        model = weightless(entry, replace(entry.task, **{key: OTHER[key]}))
+        if isinstance(model, Classifier):
+            assert stages(model)["classify"] == f"[{len(model.classes)}]"
+    for field in fields(Task):
+        if field.name not in entry.takes and OTHER[field.name] != getattr(entry.task, field.name):
+            with pytest.raises(ValueError, match=f"`{field.name}` of this model is .* and cannot be"):
+                entry.build(replace(entry.task, **{field.name: OTHER[field.name]}))
+            break
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("tal-trans", set()),
+        ("audio-mae-pretrain", set()),
+        ("psla-b2", {"psla-b2-tagging"}),
+        ("vit-base", {"deit-base"}),
+        ("cav-mae-vggsound", {name for name in NAMES if name.startswith("cav-mae")} - {"cav-mae-pretrain"}),
+    ],
+)
+def test_a_checkpoint_is_recognised_by_its_names_and_shapes(name, others, built):
+    """Where several rows share those, all of them are told."""
+    found = fits(built[name].state_dict(), MODELS)
+    assert found[0].name == name
+    assert {fit.name for fit in found if fit.exact} == others | {name}
+
+
+def test_what_is_nobodys_names_the_nearest(built):
+    state = dict(built["ast"].state_dict())
+    state["stranger"] = state.pop("v.norm.bias")
+    best = fits(state, MODELS)[0]
+    assert not best.exact
+    assert (best.differs.missing, best.differs.extra) == (("v.norm.bias",), ("stranger",))
+
+
+def test_another_number_of_classes_is_told(built):
+    state = dict(built["ast"].state_dict())
+    state["mlp_head.1.weight"], state["mlp_head.1.bias"] = torch.zeros(10, 768), torch.zeros(10)
+    found = {fit.name: fit for fit in fits(state, MODELS) if fit.exact}
+    assert found["ast"].classes == 10
+
+
+def test_published_models_come_without_weights():
+    with pytest.raises(
+        ValueError, match=r"ast comes without weights: give a checkpoint with --checkpoint FILE; official ones"
+    ):
+        load_model("ast")
+    with pytest.raises(
+        ValueError, match=r"cav-mae-pretrain is a pre-training model, without classes to attack; fine-tuned: cav-mae,"
+    ):
+        load_model("cav-mae-pretrain")
+
+
+@pytest.fixture
+def little(monkeypatch) -> Entry:
+    """A row for a tiny AST, so that loading by name is quick."""
+    from robustav.models.published.ast import AST
+
+    entry = Entry(
+        lambda task: AST(task, dim=16, depth=1, heads=2),
+        "tiny AST",
+        "nobody",
+        paper="arXiv:0",
+        published="https://example.org",
+        task=Task(classes=("a", "b", "c"), seconds=1.0),
+        takes=("classes", "label_kind", "seconds"),
+        head="mlp_head.1.weight",
+    )
+    monkeypatch.setitem(MODELS, "little", entry)
+    return entry
+
+
+def test_a_checkpoint_is_loaded_by_name_with_settings(little, tmp_path):
+    model = fill(little.build())
+    torch.save({f"module.{key}": value for key, value in model.state_dict().items()}, tmp_path / "audio_model.1.pth")
+    loaded, about = load_model("little", tmp_path / "audio_model.1.pth")
+    assert (about["summary"], about["paper"], about["checkpoint"]) == ("tiny AST", "arXiv:0", "audio_model.1.pth")
+    assert len(about["checkpoint_sha256"]) == 64
+    assert "resampled" not in about
+    x = {"audio": 0.1 * torch.randn(2, 16_000)}
+    torch.testing.assert_close(loaded(x), model(x))
+    longer, about = load_model("little(seconds=2)", tmp_path / "audio_model.1.pth")
+    assert about["resampled"] == ["v.pos_embed"]
+    assert longer.specs["audio"].shape == (32_000,)
+    at_features, _ = load_model("little(at=features)", tmp_path / "audio_model.1.pth")
+    assert isinstance(at_features, AtFeatures)
+    assert at_features.specs["audio"].shape == (128, 128)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(little, tmp_path):
+    torch.save(little.build().state_dict(), tmp_path / "c.pth")
+    (tmp_path / "two.txt").write_text("x\ny\n")
+    with pytest.raises(
+        ValueError, match=r"tells 3 classes apart, and little is asked for 2: name them with .*classes=FILE"
+    ):
+        load_model(f"little(classes={tmp_path}/two.txt)", tmp_path / "c.pth")
+    torch.save(tiny_fusion().state_dict(), tmp_path / "other.pth")
+    with pytest.raises(
+        ValueError, match=r"does not fit the model: missing \(.*\. Which model it fits: robustav models check"
+    ):
+        load_model("little", tmp_path / "other.pth")
+
+
+def test_embedded_models_keep_their_own_names():
+    assert list(MODELS)[: len(EMBEDDED)] == list(EMBEDDED)
+    assert len(MODELS) == len(EMBEDDED) + len(published.MODELS)
