@@ -29,6 +29,7 @@ CHECKED = [
     "published_log_mel",
     "resample",
     "image",
+    "clap_log_mel",
 ]
 install_import_hook([f"robustav.{name}" for name in CHECKED], "typecheck.checked")
 

@@ -160,6 +160,20 @@ def test_a_checkpoint_that_does_not_fit_is_refused(little, tmp_path):
         load_model("little", tmp_path / "other.pth")
 
 
+def test_what_models_of_other_libraries_take():
+    for name, message in (
+        ("hf:folder(size=8)", r"hf:folder takes the settings seconds, frames, classes, label_kind, at, got 'size'"),
+        ("timm:resnet18(seconds=8)", r"takes the settings frames, size, classes, label_kind, at, got 'seconds'"),
+        ("own.py:make(frames=8)", r"own.py:make takes the settings at, got 'frames'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_model(name, "weights.pth" if name.startswith("timm") else None)
+    with pytest.raises(ValueError, match=r"hf:folder has its own weights: leave --checkpoint out"):
+        load_model("hf:folder", "weights.pth")
+    with pytest.raises(ValueError, match=r"timm:resnet18 comes without weights: give your own with --checkpoint FILE"):
+        load_model("timm:resnet18")
+
+
 def test_embedded_models_keep_their_own_names():
     assert list(MODELS)[: len(EMBEDDED)] == list(EMBEDDED)
     assert len(MODELS) == len(EMBEDDED) + len(published.MODELS)

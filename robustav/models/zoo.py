@@ -1,6 +1,6 @@
 """Models by name: embedded with their weights, published, a user's own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from robustav.classifier import AtFeatures, Classifier, Wrapped
 from robustav.data.av_events import AvEventsConfig
 from robustav.models import published, small
 from robustav.models.asked import Asked, parse_model, task_of
+from robustav.models.body_and_head import BodyAndHead
 from robustav.models.checkpoints import digest_of_file, load_into, read_card, read_checkpoint
 from robustav.models.entry import Entry, Published, Task
 from robustav.models.factory import from_factory
@@ -57,23 +58,22 @@ def load_model(
     if asked.name in MODELS:
         model = _from_table(asked, checkpoint, trust_pickle, about)
     elif kind == "hf" and rest:
-        from robustav.models.hugging_face import from_directory, weight_file
+        from robustav.models.hugging_face import architecture_of, from_directory, weight_file
 
-        model = from_directory(rest, **asked.task)
+        if checkpoint is not None:
+            raise ValueError(f"{asked.name} has its own weights: leave --checkpoint out, or name another folder")
+        model = from_directory(rest, **_known(asked, "seconds", "frames", "classes", "label_kind"))
         weights = weight_file(rest)
-        about |= {"summary": type(model).__name__, "checkpoint": weights.name}
+        about |= {"summary": architecture_of(rest), "checkpoint": weights.name}
         about["checkpoint_sha256"] = digest_of_file(weights)
     elif kind == "timm" and rest:
         from robustav.models.timm_models import from_timm
 
         if checkpoint is None:
-            raise ValueError(
-                f"{name!r} comes without weights, and none are downloaded: give your own with --checkpoint"
-            )
-        model = from_timm(rest, **asked.task)
+            raise ValueError(f"{asked.name} comes without weights: give your own with --checkpoint FILE")
+        model = from_timm(rest, **_known(asked, "frames", "size", "classes", "label_kind"))
     elif ":" in asked.name:
-        if asked.task:
-            raise ValueError(f"a factory takes no settings but `at`, got {', '.join(asked.task)}: set them within it")
+        _known(asked)
         model = from_factory(asked.name)
     else:
         raise ValueError(
@@ -83,10 +83,17 @@ def load_model(
     if checkpoint is not None:
         if asked.name not in MODELS:
             # A user's own weights were saved from the network, before it was wrapped.
-            network = model.network if isinstance(model, Wrapped) else model
+            network = model.network if isinstance(model, Wrapped | BodyAndHead) else model
             load_into(network, read_checkpoint(checkpoint, trust_pickle=trust_pickle), str(checkpoint))
         about |= {"checkpoint": Path(checkpoint).name, "checkpoint_sha256": digest_of_file(checkpoint)}
     return (AtFeatures(model) if asked.at_features else model).eval(), about
+
+
+def _known(asked: Asked, *known: str) -> Mapping[str, Any]:
+    """The settings asked for, if the model takes them all."""
+    if unknown := [key for key in asked.task if key not in known]:
+        raise ValueError(f"{asked.name} takes the settings {', '.join([*known, 'at'])}, got {unknown[0]!r}")
+    return asked.task
 
 
 def inputs_of(name: str) -> Classifier:
