@@ -1,5 +1,6 @@
 """Every published model by name: it builds, its stages fit together, and its checkpoints are told from all others."""
 
+import json
 from dataclasses import fields, replace
 
 import pytest
@@ -10,7 +11,9 @@ from torch import nn
 
 from robustav.classifier import AtFeatures, Classifier
 from robustav.cli.models import stages
+from robustav.data.audioset import CLASSES
 from robustav.models import published
+from robustav.models.checkpoints import digest_of_file
 from robustav.models.entry import Entry, Published, Task
 from robustav.models.fit import fits, weightless
 from robustav.models.zoo import EMBEDDED, MODELS, load_model
@@ -144,6 +147,40 @@ def test_a_checkpoint_is_loaded_by_name_with_settings(little, tmp_path):
     at_features, _ = load_model("little(at=features)", tmp_path / "audio_model.1.pth")
     assert isinstance(at_features, AtFeatures)
     assert at_features.specs["audio"].shape == (128, 128)
+
+
+def test_real_clips_are_attacked_from_an_official_file(monkeypatch, tmp_path, capsys, clips_folder):
+    """The command of the documentation, on a CAV-MAE of two narrow blocks: waveform and pixels, AudioSet's labels."""
+    from robustav.cli import main as cli
+    from robustav.models.published.cav_mae import CavMae
+
+    row = published.MODELS["cav-mae"].tuned(frames=2, size=32, seconds=2.0)
+    monkeypatch.setitem(
+        MODELS, "cav-mae", replace(row, make=lambda task: CavMae(task, dim=16, heads=2, depth=2, specific=1))
+    )
+    state = fill(MODELS["cav-mae"].build()).state_dict()
+    torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "audio_model_wa.pth")
+    lines = ["id,path,labels", f"whistle,{clips_folder}/00W1lcxW-WU_40.000.mp4,/m/0l156k"]
+    lines += [f"razor,{clips_folder}/KlsG1EnBEjc_000361.mp4,Hammer", f"deaf,{clips_folder}/BfvyPmVMo_20.000.wav,Hammer"]
+    (tmp_path / "clips.csv").write_text("\n".join(lines) + "\n")
+    monkeypatch.chdir(tmp_path)
+    ask = "robustav attack --model cav-mae --checkpoint audio_model_wa.pth --data clips.csv --eps audio=0.002,visual=4/255"
+    monkeypatch.setattr("sys.argv", [*ask.split(), "--attacks", "noise,fgsm", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    told = json.loads(capsys.readouterr().out)
+    rows = {(row["condition"], row["attacked"]): row for row in told["rows"]}
+    assert {("fgsm", "audio"), ("fgsm", "visual"), ("noise", "audio")} < set(rows)
+    assert told["audit"] == "passed"
+    assert "2210.07839" in json.dumps(told)
+    assert digest_of_file(tmp_path / "audio_model_wa.pth")[:12] in json.dumps(told)
+    (run,) = (tmp_path / "runs").iterdir()
+    record = json.loads((run / "run.json").read_text())
+    assert record["identity"]["classes"] == list(CLASSES)
+    assert record["unknown_labels"] == {}
+    assert record["identity"]["specs"]["audio"]["unit"] == "amplitude"
+    assert record["identity"]["specs"]["visual"]["unit"] == "pixel value"
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(little, tmp_path):
