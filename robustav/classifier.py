@@ -196,7 +196,8 @@ class AtFeatures(Classifier):
     """A view of a classifier whose inputs are its front ends' outputs.
 
     Attacks on features are for diagnosis and for reproducing published protocols: many perturbed spectrograms belong
-    to no waveform. `low` and `high` are unbounded unless given, and the unit says "feature".
+    to no waveform. `low` and `high` are unbounded unless given, and the unit says "feature"; what is one already
+    keeps its range.
     """
 
     def __init__(self, model: Classifier, *, low: float = float("-inf"), high: float = float("inf")) -> None:
@@ -207,7 +208,10 @@ class AtFeatures(Classifier):
         with torch.no_grad():
             empty = {m: parameter.new_zeros(1, *spec.shape) for m, spec in model.specs.items()}
             shapes = {m: tuple(x.shape[1:]) for m, x in self.front_ends(empty).items()}
-        self.specs = {m: InputSpec(shape, low, high, FEATURE) for m, shape in shapes.items()}
+        self.specs = {
+            m: model.specs[m] if model.specs[m].unit == FEATURE else InputSpec(shape, low, high, FEATURE)
+            for m, shape in shapes.items()
+        }
 
     def front_ends(self, raw: Inputs) -> Inputs:
         """From the viewed model's raw inputs to this view's inputs."""

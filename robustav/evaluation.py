@@ -15,6 +15,7 @@ from robustav.goals import Goal
 from robustav.harness import Settings, evaluate
 from robustav.ledger import Ledger, digest_of_model
 from robustav.lessons import UNIVERSAL, universal_rows
+from robustav.models.asked import absolute
 from robustav.models.zoo import load_model
 from robustav.plan import Condition, Member, Score, Source, conditions
 from robustav.suites import SUITES, averaging, has_setting, members, with_settings
@@ -90,6 +91,7 @@ class Evaluation:
         model, about = self._load(self.model, self.checkpoint)
         # So that latent metrics can find the same model and clips again; decides no number, hence no part of the identity.
         about["asked"] = {
+            "model": absolute(about["model"]),
             "data": _absolute(self.data),
             "checkpoint": _absolute(None if self.checkpoint is None else str(self.checkpoint)),
         }

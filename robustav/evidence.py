@@ -14,10 +14,11 @@ from robustav.data.samples import Progress
 from robustav.data.sources import load_samples
 from robustav.goal_names import recorded_goal
 from robustav.harness import as_evaluated, pick_device
-from robustav.ledger import Ledger, digest_of_model
+from robustav.ledger import Ledger
 from robustav.models.zoo import load_model
 from robustav.plan import recorded_budgets
 from robustav.reader import Batch, Reader
+from robustav.record import check_model
 from robustav.threat import ThreatModel
 
 
@@ -43,12 +44,9 @@ def reexamine(
     record = ledger.record()
     identity, asked = record["identity"], record["about"].get("asked", {})
     weights = checkpoint or asked.get("checkpoint")
-    name = model or str(record["about"].get("model", record["model"]))
+    name = model or str(asked.get("model", identity["model"]))
     network, _ = load_model(name, None if weights is None else Path(weights), trust_pickle=trust_pickle)
-    if digest_of_model(network) != identity["weights"]:
-        raise ValueError(
-            f"{run} was made with other weights than {name} has here: give the run's own with --model and --checkpoint"
-        )
+    check_model(ledger, network)
     samples, _ = load_samples(data or asked.get("data"), network, progress)
     if samples.digest != identity["data"]:
         raise ValueError(f"{run} attacked other data than {samples.name}: give the run's own with --data")

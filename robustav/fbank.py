@@ -7,7 +7,19 @@ import torch.nn.functional as F  # noqa: N812  (the name that every PyTorch read
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from robustav.mel import EPSILON, check_length, check_normalisation, fitted, floored_log, in_chunks, kaldi_filters
+from robustav.audio import SAMPLE_RATE
+from robustav.mel import (
+    EPSILON,
+    centred,
+    check_length,
+    check_normalisation,
+    filled_up,
+    fitted,
+    floored_log,
+    in_chunks,
+    kaldi_filters,
+    signal_ends,
+)
 
 WINDOW = 400  # samples: 25 ms
 HOP = 160  # samples: 10 ms
@@ -35,6 +47,11 @@ RECIPES = {
 }
 
 
+def frames_for(seconds: float) -> int:
+    """The least multiple of 128 frames that holds a clip at 16 kHz: 1024 of 10 s, 512 of 5 s, 128 of 1 s."""
+    return 128 * -(-round(seconds * SAMPLE_RATE) // (128 * HOP))
+
+
 class Fbank(nn.Module):
     """Kaldi's log-mel filter bank of waveforms at 16 kHz, [batch, time] -> [batch, frame, bin].
 
@@ -43,6 +60,9 @@ class Fbank(nn.Module):
     power spectrum from 20 Hz to 8 kHz, natural logarithm, no dither, no energy. It is torchaudio's
     `compliance.kaldi.fbank` with `htk_compat` as the models' authors call it, with the same rounding: deep nulls of a
     spectrum are rounding, and each reordering shows there.
+
+    Where `frames` is given, zeros at a clip's end are taken for padding: as the models' authors do, the mean is that of
+    what comes before them, and only frames within it are analysed; the rest are 0 before normalisation.
 
     Power is floored at 1.19e-7 as there. `alive` lets gradients through that floor (see `floored_log`); without it they
     are the official ones, zero in quiet bins. Digital silence has the gradient zero either way: power is flat there.
@@ -83,14 +103,16 @@ class Fbank(nn.Module):
 
     def normalised(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch frame bin"]:
         """Of some clips at once."""
-        spectrogram = fitted(self.log_mel(waveform), self.frames)
+        ends = signal_ends(waveform, padded=self.frames is not None)
+        whole = 1 + (ends - WINDOW).clamp(min=0) // HOP
+        spectrogram = fitted(filled_up(self.log_mel(centred(waveform, ends)), whole), self.frames)
         spectrogram -= self.mean
         spectrogram /= self.divisor
         return spectrogram
 
     def log_mel(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch frame bin"]:
-        """The filter bank as it is, of some clips at once."""
-        frames = (waveform - waveform.mean(1, keepdim=True)).unfold(1, WINDOW, HOP)
+        """The filter bank as it is, of some clips at once, whose mean is 0."""
+        frames = waveform.unfold(1, WINDOW, HOP)
         frames = frames - frames.mean(-1, keepdim=True)
         emphasised = frames[..., :-1] * -PRE_EMPHASIS  # of all samples but a frame's first, which the window zeroes
         emphasised += frames[..., 1:]

@@ -103,9 +103,20 @@ def evaluate(
     batch_size = settings.batch_size or BATCH[device.type]
     part_size = batch_size * max(1, -(-PART // batch_size))
     weights = digest_of_model(model)
-    identity = identity_of(model, weights, samples, chosen, rows, goal, seed=seed, batch_size=batch_size, device=device)
+    identity = identity_of(
+        model,
+        weights,
+        samples,
+        chosen,
+        rows,
+        goal,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        name=(about or {}).get("model"),
+    )
     record = record_of(identity, model, samples, chosen, device, about)
-    name = re.sub(r"[^\w.-]+", "_", str(record["about"].get("model", record["model"]))).strip("._")
+    name = re.sub(r"[^\w.-]+", "_", identity["model"]).strip("._")
     ledger = Ledger(Path(out or Path("runs") / f"{name}-{digest_of(identity)[:8]}"))
     ledger.begin(record)
     parts = [chosen[i : i + part_size] for i in range(0, len(chosen), part_size)]
@@ -123,6 +134,7 @@ def evaluate(
             ]
         judge = Judge(replace(reader, goal=goal), seed, ledger, kept)
         if index == 0 and settings.probed and not ledger.has_flags():
+            settings.progress("looking at the model itself", 0, 1)
             _look(judge, rows, parts, settings.probed)
         mine = [(n, part) for n, part in enumerate(parts) if n % count == index]
         _run(judge, rows, mine, settings.progress, settings.spare)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the name that every PyTorch reader knows)
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from robustav.audio import SAMPLE_RATE, hertz_to_mel
@@ -100,6 +100,29 @@ def in_chunks(
 def fitted(spectrogram: Float[Tensor, "batch frame bin"], frames: int | None) -> Float[Tensor, "batch frames bin"]:
     """Cut to `frames`, or filled up with zeros; all as they are where `frames` is None."""
     return spectrogram if frames is None else F.pad(spectrogram, (0, 0, 0, frames - spectrogram.shape[1]))
+
+
+def signal_ends(waveform: Float[Tensor, "batch time"], *, padded: bool) -> Int[Tensor, " batch"]:
+    """Where each clip's padding begins: after its last sample that is not zero; a silent clip, and any not `padded`, has none."""
+    length = waveform.shape[1]
+    sounding = (waveform != 0) & padded
+    ends = length - sounding.flip(1).int().argmax(1)
+    return torch.where(sounding.any(1), ends, length)
+
+
+def centred(waveform: Float[Tensor, "batch time"], ends: Int[Tensor, " batch"]) -> Float[Tensor, "batch time"]:
+    """Less the mean of what comes before the padding, which stays zero."""
+    places = torch.arange(waveform.shape[1], device=waveform.device)
+    mean = waveform.sum(1, keepdim=True) / ends[:, None]
+    return torch.where(places < ends[:, None], waveform - mean, 0.0)
+
+
+def filled_up(
+    spectrogram: Float[Tensor, "batch frame bin"], whole: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch frame bin"]:
+    """With zeros in place of what comes after each clip's `whole` frames."""
+    places = torch.arange(spectrogram.shape[1], device=spectrogram.device)
+    return torch.where((places < whole[:, None])[:, :, None], spectrogram, 0.0)
 
 
 def check_normalisation(frames: int | None, mean: float, divisor: float) -> None:

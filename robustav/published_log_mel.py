@@ -9,7 +9,18 @@ import torch.nn.functional as F  # noqa: N812  (the name that every PyTorch read
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from robustav.mel import EPSILON, check_length, check_normalisation, fitted, floored_log, in_chunks, slaney_filters
+from robustav.mel import (
+    EPSILON,
+    centred,
+    check_length,
+    check_normalisation,
+    filled_up,
+    fitted,
+    floored_log,
+    in_chunks,
+    signal_ends,
+    slaney_filters,
+)
 
 DECIBEL = 10 / math.log(10)  # decibels of power a unit of the natural logarithm
 FLOOR = 1e-10  # where decibels are cut off
@@ -170,7 +181,7 @@ class TaggingLogMel(nn.Module):
 
     Twice the decibels, which is what the models and their statistics were made with. The clip's mean is removed first;
     the floor is 1e-10 (-200), without a range; `alive` as in `Fbank`. Statistics measured on augmented training data
-    (`TAGGING_RECIPES`) go with the model that was trained so.
+    (`TAGGING_RECIPES`) go with the model that was trained so. Zeros at a clip's end are padding, as in `Fbank`.
     """
 
     def __init__(
@@ -192,6 +203,8 @@ class TaggingLogMel(nn.Module):
 
     def forward(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch frame bin"]:
         """Cut or filled up with zeros to `frames`, and then normalised."""
-        mel = self.mel(waveform - waveform.mean(1, keepdim=True))
+        ends = signal_ends(waveform, padded=self.frames is not None)
+        mel = self.mel(centred(waveform, ends))
         doubled = 2 * DECIBEL * floored_log(mel, self.floor, alive=self.alive)
-        return (fitted(doubled, self.frames) - self.mean) / self.divisor
+        whole = 1 + ends // self.mel.hop
+        return (fitted(filled_up(doubled, whole), self.frames) - self.mean) / self.divisor

@@ -11,7 +11,7 @@ import robustav
 from robustav.classifier import Classifier
 from robustav.data.samples import Samples
 from robustav.goals import Goal
-from robustav.ledger import digest_of, digest_of_model
+from robustav.ledger import Ledger, digest_of, digest_of_model
 from robustav.plan import Condition
 
 
@@ -26,10 +26,15 @@ def identity_of(
     seed: int,
     batch_size: int,
     device: torch.device,
+    name: str | None = None,
 ) -> dict[str, Any]:
-    """Everything that decides a number. A folder with another identity holds another run."""
+    """Everything that decides a number. A folder with another identity holds another run.
+
+    `name` is how the model was asked for: two models may have the same weights and differ in a front end's statistics.
+    """
     seen = model.surrogate()  # what attacks see in the model's place, if that is another
     return {
+        "model": name or type(model).__name__,
         "weights": weights,
         "surrogate": "" if seen is model else f"{type(seen).__qualname__} {digest_of_model(seen)[:12]}",
         "label_kind": model.label_kind,
@@ -47,6 +52,22 @@ def identity_of(
         "device": device.type,
         "versions": {"robustav": robustav.__version__, "torch": torch.__version__},
     }
+
+
+def check_model(ledger: Ledger, model: Classifier) -> None:
+    """Raise `ValueError` unless the run was made with this very model, for these very classes."""
+    identity = ledger.record()["identity"]
+    then, now = identity["weights"], digest_of_model(model)
+    if then != now:
+        raise ValueError(
+            f"{ledger.folder} was made with other weights ({then[:12]} there, {now[:12]} here): give the run's own with "
+            "--model and --checkpoint"
+        )
+    if identity["classes"] != list(model.classes) or identity["label_kind"] != model.label_kind:
+        raise ValueError(
+            f"{ledger.folder} was made with other classes, or another label kind, than the model has here: give the run's own "
+            f"with --model ({identity['model']})"
+        )
 
 
 def record_of(

@@ -13,7 +13,7 @@ from robustav.geometry.convexity import Segments, convexity_measures
 from robustav.geometry.cuts import Cut
 from robustav.geometry.density import density_measures
 from robustav.geometry.drift import adversarial_measures, against_measures
-from robustav.geometry.joining import check_weights, join
+from robustav.geometry.joining import join
 from robustav.geometry.kept import KeptSamples
 from robustav.geometry.latents import Latents
 from robustav.geometry.measure import Measure
@@ -23,6 +23,7 @@ from robustav.geometry.targets import TARGETS
 from robustav.geometry.validation import Validation, validate
 from robustav.ledger import Ledger, write_atomically
 from robustav.metrics.spaces import SPACES
+from robustav.record import check_model
 from robustav.report.grids import FORMATS, GridReport
 from robustav.report.latent_figures import by_layer, hardened_curves, latent_views, save_figures, scatters
 from robustav.report.latents import survey_report
@@ -87,7 +88,7 @@ def study(survey: Survey, wanted: Wanted, progress: Progress = silent) -> Study:
         adversarial = others = held = None
         if wanted.density and wanted.adversarial is not None:
             ledger = Ledger(wanted.adversarial)
-            check_weights(ledger, view.model)
+            check_model(ledger, view.model)
             held = KeptSamples(ledger, view.samples)
             adversarial = view.collect_others(held, progress)
         if wanted.density and wanted.against is not None:
@@ -125,7 +126,8 @@ def validate_runs(
     the runs do not know.
     """
     ledgers = [Ledger(run) for run in runs]
-    weights = [ledger.record()["identity"]["weights"] for ledger in ledgers]
+    identities = [ledger.record()["identity"] for ledger in ledgers]
+    weights = [(identity["model"], identity["weights"]) for identity in identities]
     if len(set(weights)) < len(weights):
         again = max(i for i, one in enumerate(weights) if one in weights[:i])
         raise ValueError(f"{ledgers[again].folder} is of a model that another run is of already: one run a model")

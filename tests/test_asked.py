@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from robustav.data.audioset import CLASSES, MACHINE_IDS
-from robustav.models.asked import parse_model, read_classes, task_of
+from robustav.models.asked import absolute, parse_model, read_classes, task_of
 from robustav.models.checkpoints import convert, digest_of_file, read_checkpoint
 from robustav.models.entry import Entry, Task
 
@@ -58,9 +58,11 @@ def test_settings_that_are_none(text, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seconds": 0}, "`seconds` must be positive, got 0"),
-        ({"seconds": float("nan")}, "`seconds` must be positive, got nan"),
-        ({"frames": -1}, "`frames` must be positive, got -1"),
+        ({"seconds": 0}, "`seconds` must be positive and finite, got 0"),
+        ({"seconds": float("nan")}, "`seconds` must be positive and finite, got nan"),
+        ({"seconds": float("inf")}, "`seconds` must be positive and finite, got inf"),
+        ({"seconds": 1e-5}, r"`seconds` must be at least 0.1, got 1e-05"),
+        ({"frames": -1}, "`frames` must be positive and finite, got -1"),
         ({"label_kind": "single"}, "`label_kind` must be"),
         ({"classes": ()}, "`classes` must be different names, at least one"),
         ({"classes": ("a", "a")}, "`classes` must be different names"),
@@ -69,6 +71,17 @@ def test_settings_that_are_none(text, message):
 def test_tasks_that_make_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
         task_of(Task(), changes)
+
+
+def test_a_model_is_asked_for_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text("")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert absolute("av-fusion") == "av-fusion"
+    assert absolute("ast(seconds=5, classes=c.txt)") == f"ast(seconds=5, classes={tmp_path}/c.txt)"
+    assert absolute("hf:folder(frames=1)") == f"hf:{tmp_path}/folder(frames=1)"
+    assert absolute("own.py:make") == f"{tmp_path}/own.py:make"
+    assert absolute("package.module:make") == "package.module:make"
 
 
 def test_what_a_model_does_not_take_is_refused():
@@ -95,6 +108,9 @@ def test_class_names_from_files(tmp_path, clips_folder):
         (tmp_path / "classes.csv").write_text(text)
         with pytest.raises(ValueError, match=message):
             read_classes(tmp_path / "classes.csv")
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.txt: must be UTF-8 text, got byte 0xE9 at 3"):
+        read_classes(tmp_path / "latin.txt")
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="holds no class names"):
         read_classes(tmp_path / "empty.txt")
@@ -129,6 +145,8 @@ def test_conversion_keeps_every_tensor_and_nothing_else(tmp_path):
     assert all(torch.equal(converted[name.removeprefix("module.")], tensor) for name, tensor in state.items())
     with pytest.raises(ValueError, match=r"c.safetensors exists: name another file"):
         convert(tmp_path / "c.pth", tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match=r"there is no folder '.*nowhere': make it first"):
+        convert(tmp_path / "c.pth", tmp_path / "nowhere" / "c.safetensors")
     with pytest.raises(ValueError, match=r"must end in .safetensors, got 'c.bin'"):
         convert(tmp_path / "c.pth", tmp_path / "c.bin")
     assert not list(Path(tmp_path).glob("c.bin"))

@@ -96,7 +96,7 @@ def test_the_command_says_so_and_exits_with_one(run, tmp_path):
 
 
 def test_a_run_that_kept_nothing_or_is_of_another_model_says_so(run, tmp_path):
-    with pytest.raises(ValueError, match="was made with other weights than audio-cnn has here"):
+    with pytest.raises(ValueError, match="was made with other weights"):
         reexamine(run, model="audio-cnn")
     with pytest.raises(ValueError, match="attacked other data than av-events/validation"):
         reexamine(run, data="av-events/validation")
@@ -123,3 +123,29 @@ def test_a_goal_is_read_back_from_its_record(goal):
     settings = json.loads(json.dumps({**goal.settings(), "words": "..."}))
     assert recorded_goal(settings) == goal
     assert type(goal) in GOALS.values()
+
+
+def test_classes_that_changed_since_are_noticed(tmp_path, monkeypatch):
+    """A file of class names is found from any folder, and one that was reordered after the run is refused."""
+    from robustav.models.entry import Entry, Task
+    from robustav.models.zoo import EMBEDDED, MODELS, load_model
+
+    plain = EMBEDDED["visual-cnn"]
+    names = plain.task.classes
+    entry = Entry(
+        lambda task: plain.make(task), "named", "nobody", task=Task(names), takes=("classes",), head="head.1.weight"
+    )
+    monkeypatch.setitem(MODELS, "named", entry)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    save_file(load_model("visual-cnn")[0].state_dict(), tmp_path / "w.safetensors")
+    asked = {"checkpoint": tmp_path / "w.safetensors", "attacks": ["fgsm"], "eps": "8/255", "limit": 4}
+    Evaluation("named(classes=names.txt)", **asked).run("run", Settings(probed=0, keep=1))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert (reexamine(tmp_path / "run", data="av-events")["problems"] == 0).all()
+    (tmp_path / "names.txt").write_text("\n".join(reversed(names)))
+    with pytest.raises(
+        ValueError, match=r"made with other classes, or another label kind, .*named\(classes=names.txt\)"
+    ):
+        reexamine(tmp_path / "run", data="av-events")

@@ -378,3 +378,48 @@ def test_the_crop_is_central_whichever_side_is_long():
 def test_errors_say_what_is_wrong(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# Clips that end before the model's window does: padded with zeros, which the front end takes for padding.
+
+
+def official_fbank(clip):
+    """Kaldi's filter bank of a clip as it is, filled up to 1024 frames, then normalised, as AST's authors do."""
+    return (
+        torch.nn.functional.pad(Fbank()(clip[None])[0], (0, 0, 0, 1024 - (1 + (len(clip) - 400) // 160))) + 4.2677393
+    ) / (2 * 4.5689974)
+
+
+@pytest.mark.parametrize("length", [400, 48_000, 100_001, 159_999, 160_000])
+def test_a_short_clip_has_the_features_of_what_it_is(length):
+    clip = 0.1 * torch.randn(length) + 0.05
+    padded = torch.nn.functional.pad(clip, (0, 160_000 - length))[None]
+    assert differ(Fbank.published("ast")(padded)[0], official_fbank(clip)) <= 1e-4
+    tagging = TaggingLogMel.published("tal")
+    frames = 1 + length // 400
+    whole = TaggingLogMel(frames=None)(clip[None])[0][:400]
+    filled = torch.nn.functional.pad(whole, (0, 0, 0, max(0, 400 - frames)))
+    assert differ(tagging(padded)[0], (filled - tagging.mean) / tagging.divisor) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "front_end", [Fbank.published("cav-mae"), TaggingLogMel.published("ast")], ids=["fbank", "tagging"]
+)
+def test_padding_is_found_clip_by_clip(front_end):
+    mates = 0.1 * torch.randn(3, 160_000)
+    mates[0, 70_000:] = 0
+    mates[1] = 0  # digital silence is no padding: floored, and finite
+    together = front_end(mates)
+    for clip, alone in zip(mates, together, strict=True):
+        assert differ(front_end(clip[None])[0], alone) <= 1e-6
+    assert together.isfinite().all()
+    empty = -front_end.mean / front_end.divisor
+    assert differ(together[0, -50:], torch.full_like(together[0, -50:], empty)) <= 1e-6
+    assert (together[1, 100] < empty).all()
+
+
+def test_a_silent_tail_has_no_gradient_and_the_signal_has():
+    waveform = torch.cat([0.1 * torch.randn(1, 80_000), torch.zeros(1, 80_000)], dim=1).requires_grad_()
+    Fbank.published("ast")(waveform).square().sum().backward()
+    assert waveform.grad[0, 80_000:].abs().max() == 0
+    assert waveform.grad[0, :80_000].abs().mean() > 0

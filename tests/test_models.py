@@ -102,6 +102,9 @@ def test_a_tampered_weight_file_is_refused(tmp_path):
         lambda s: s,
         lambda s: {"model": s, "epoch": 3},
         lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
+        lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
+        lambda s: {"model_state_dict": s, "optimizer": {"step": torch.zeros(1)}, "epoch": 1},
+        lambda s: {"ema": s, "step": 4},
     ],
 )
 def test_checkpoints_of_every_wrapping_load(wrap, tmp_path):
@@ -119,7 +122,7 @@ class Evil:
 
 def test_a_pickle_is_refused_unless_it_is_trusted(tmp_path, capsys):
     torch.save({"state_dict": tiny_fusion().state_dict(), "extra": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match=r"holds more than tensors .* loading it could run code: .* --trust-pickle"):
+    with pytest.raises(ValueError, match=r"holds more than tensors, and loading it could run code: .* --trust-pickle"):
         read_checkpoint(tmp_path / "evil.pt")
     assert capsys.readouterr().out == ""
     assert "head.weight" in read_checkpoint(tmp_path / "evil.pt", trust_pickle=True)
@@ -130,17 +133,46 @@ def test_checkpoints_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"none.pt' is not a file"):
         read_checkpoint(tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("not weights")
-    with pytest.raises(ValueError, match=r"text.pt' holds more than tensors or is no torch file"):
+    with pytest.raises(ValueError, match=r"text.pt' is no torch file: it begins with b'not weig'"):
         read_checkpoint(tmp_path / "text.pt")
     (tmp_path / "text.safetensors").write_text("not weights")
-    with pytest.raises(ValueError, match=r"text.safetensors' cannot be read"):
+    with pytest.raises(ValueError, match=r"text.safetensors' cannot be read as safetensors"):
         read_checkpoint(tmp_path / "text.safetensors")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps([1, 2], protocol=2))
     with pytest.raises(ValueError, match=r"plain.pt'"):
         read_checkpoint(tmp_path / "plain.pt")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"empty.pt' is empty"):
+        read_checkpoint(tmp_path / "empty.pt")
+    torch.save(tiny_fusion().state_dict(), tmp_path / "whole.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"half.pt' cannot be read as a torch file: "):
+        read_checkpoint(tmp_path / "half.pt")
+    for content, entries in (({"a": {"x": 1}, 3: [1]}, "a dict with the entries a, 3"), ({}, "got a dict$")):
+        torch.save(content, tmp_path / "other.pt")
+        with pytest.raises(ValueError, match=rf"other.pt' holds no state dict: .*{entries}"):
+            read_checkpoint(tmp_path / "other.pt")
+    torch.save({"a": torch.zeros(1), "module.a": torch.ones(1)}, tmp_path / "twice.pt")
+    with pytest.raises(ValueError, match=r"twice.pt' has names twice"):
+        read_checkpoint(tmp_path / "twice.pt")
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match=r"list.pt' holds no state dict"):
         read_checkpoint(tmp_path / "list.pt")
+
+
+def test_a_whole_module_is_taken_apart_where_it_is_trusted(tmp_path):
+    torch.save(torch.nn.Linear(2, 1), tmp_path / "module.pt")
+    with pytest.raises(ValueError, match=r"save its state_dict\(\) alone, or pass --trust-pickle"):
+        read_checkpoint(tmp_path / "module.pt")
+    assert set(read_checkpoint(tmp_path / "module.pt", trust_pickle=True)) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize(("value", "message"), [(float("nan"), "not finite"), (1j, "head.bias holds complex numbers")])
+def test_weights_that_are_no_real_numbers_are_refused(value, message):
+    state = tiny_fusion().state_dict()
+    state["head.bias"] = torch.full_like(state["head.bias"], value, dtype=torch.complex64 if value == 1j else None)
+    with pytest.raises(ValueError, match=message):
+        load_into(tiny_fusion(), state, "c.pt")
 
 
 def test_a_checkpoint_that_does_not_fit_lists_the_first_differences():

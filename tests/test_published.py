@@ -12,11 +12,13 @@ from torch import nn
 from robustav.classifier import AtFeatures, Classifier
 from robustav.cli.models import stages
 from robustav.data.audioset import CLASSES
+from robustav.data.samples import Sample
+from robustav.harness import Settings
 from robustav.models import published
 from robustav.models.checkpoints import digest_of_file
 from robustav.models.entry import Entry, Published, Task
 from robustav.models.fit import fits, weightless
-from robustav.models.zoo import EMBEDDED, MODELS, load_model
+from robustav.models.zoo import EMBEDDED, MODELS, inputs_of, load_model
 
 NAMES = list(published.MODELS)
 OTHER = {"classes": ("a", "b", "c"), "label_kind": "multiclass", "seconds": 5.0, "frames": 2, "size": 448}
@@ -77,7 +79,10 @@ def test_what_a_row_takes_can_be_set(name):
         ("audio-mae-pretrain", set()),
         ("psla-b2", {"psla-b2-tagging"}),
         ("vit-base", {"deit-base"}),
-        ("cav-mae-vggsound", {name for name in NAMES if name.startswith("cav-mae")} - {"cav-mae-pretrain"}),
+        (
+            "cav-mae-vggsound",
+            {name for name in NAMES if name.startswith("cav-mae")} - {"cav-mae-pretrain", "cav-mae-audio"},
+        ),
     ],
 )
 def test_a_checkpoint_is_recognised_by_its_names_and_shapes(name, others, built):
@@ -92,7 +97,9 @@ def test_what_is_nobodys_names_the_nearest(built):
     state["stranger"] = state.pop("v.norm.bias")
     best = fits(state, MODELS)[0]
     assert not best.exact
+    assert best.shared > 0.98
     assert (best.differs.missing, best.differs.extra) == (("v.norm.bias",), ("stranger",))
+    assert fits({"nobody.knows": torch.zeros(1)}, MODELS)[0].shared == 0
 
 
 def test_another_number_of_classes_is_told(built):
@@ -100,6 +107,18 @@ def test_another_number_of_classes_is_told(built):
     state["mlp_head.1.weight"], state["mlp_head.1.bias"] = torch.zeros(10, 768), torch.zeros(10)
     found = {fit.name: fit for fit in fits(state, MODELS) if fit.exact}
     assert found["ast"].classes == 10
+
+
+def test_inputs_are_known_without_weights():
+    assert inputs_of("cav-mae(frames=1)").specs["visual"].shape == (1, 3, 224, 224)
+    assert inputs_of("mmt-late(at=features)").specs["audio"].shape == (400, 64)
+    assert inputs_of("mmt-late(at=features)").specs["visual"].low == 0, "what is a feature already keeps its range"
+
+
+@pytest.mark.parametrize("asked", ["AST", "cavmae", "ast-s11"])
+def test_a_name_that_is_nearly_right_is_suggested(asked):
+    with pytest.raises(ValueError, match=r"no model '.*': did you mean (ast|cav-mae)"):
+        load_model(asked)
 
 
 def test_published_models_come_without_weights():
@@ -147,6 +166,47 @@ def test_a_checkpoint_is_loaded_by_name_with_settings(little, tmp_path):
     at_features, _ = load_model("little(at=features)", tmp_path / "audio_model.1.pth")
     assert isinstance(at_features, AtFeatures)
     assert at_features.specs["audio"].shape == (128, 128)
+
+
+@pytest.mark.parametrize("name", ["talnet", "audio-resnet18", "psla-mobilenet-v2", "mmt-late", "vit-tiny"])
+def test_one_of_every_kind_goes_through_the_harness(name, monkeypatch, tmp_path):
+    """Narrow ones, on noise: nothing in them is refused as unsound, and no row fails its audit."""
+    from robustav.evaluation import Evaluation
+    from robustav.ledger import failures
+    from robustav.models.published.audio_resnet import AudioResNet
+    from robustav.models.published.mmt import MmtLate
+    from robustav.models.published.psla import MobileNet
+    from robustav.models.published.tal import TalNet
+    from robustav.models.published.vit import Vit
+
+    task = Task(classes=("a", "b", "c"), seconds=1.0, frames=2, size=32)
+    narrow = {
+        "talnet": lambda: TalNet(task, dim=64),
+        "audio-resnet18": lambda: AudioResNet(task, "basic", (1, 1, 1, 1), planes=(4, 8, 8, 8)),
+        "psla-mobilenet-v2": lambda: MobileNet(task, width=0.1),
+        "mmt-late": lambda: MmtLate(replace(task, seconds=10.0), width=48, dim=64),
+        "vit-tiny": lambda: Vit(task, patch=16, dim=16, depth=1, heads=2),
+    }
+    model = fill(narrow[name]())
+    monkeypatch.setattr("robustav.evaluation.load_samples", lambda *_: (Noise(model), None))
+    ledger = Evaluation(model, attacks=["noise", "fgsm"], eps="0.01").run(tmp_path / "run", Settings(probed=2))
+    assert failures(ledger) == {}
+
+
+class Noise:
+    """Two random clips."""
+
+    def __init__(self, model):
+        self.name, self.digest, self.ids = "noise", "0" * 64, ("one", "two")
+        self.model, self.classes, self.label_kind = model, model.classes, model.label_kind
+
+    def load(self, index):
+        drawn = torch.Generator().manual_seed(index)
+        inputs = {}
+        for m, spec in self.model.specs.items():
+            high = min(spec.high, 1.0)
+            inputs[m] = spec.low + (high - spec.low) * (0.25 + 0.5 * torch.rand(spec.shape, generator=drawn))
+        return Sample(self.ids[index], inputs, torch.tensor([1.0, 0.0, 0.0]))
 
 
 def test_real_clips_are_attacked_from_an_official_file(monkeypatch, tmp_path, capsys, clips_folder):

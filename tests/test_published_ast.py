@@ -150,9 +150,10 @@ def test_imagenet_heads_may_be_missing(tiny):
 
 def test_the_grid_of_a_table_is_told_by_its_tokens():
     assert len(GRIDS) == 33
-    assert [GRIDS[tokens] for tokens in (1212, 850, 657, 512, 600, 144, 343)] == [
+    assert [GRIDS[tokens][0] for tokens in (1212, 850, 657, 512, 600, 144, 343)] == [
         *((12, 101), (10, 85), (9, 73), (8, 64), (12, 50), (12, 12), (7, 49))
     ]
+    assert [GRIDS[tokens][1][0] for tokens in (1212, 850, 657, 512, 343)] == [10, 12, 14, 16, 8]
     model = of_geometry(64, 400, (8, 8))  # 7 rows
     table = torch.randn(1, 2 + 7 * 20, 8)
     adapted = model.adapted({"v.pos_embed": table})["v.pos_embed"]  # tokens of no usual grid: of as many rows
@@ -169,6 +170,15 @@ def test_a_table_of_no_known_grid_is_left_alone_and_refused(shape):
     adapted = model.adapted(model.state_dict() | {"v.pos_embed": table})
     assert adapted["v.pos_embed"] is table
     with pytest.raises(ValueError, match=r"other shape \(1\): v.pos_embed: .* in the file, \[1, 345, 8\] in the model"):
+        load_into(model, adapted, "file")
+
+
+@pytest.mark.parametrize(("bins", "frames", "stride"), [(128, 1024, (12, 12)), (64, 400, (8, 8))])
+def test_a_table_of_another_stride_is_refused(bins, frames, stride):
+    """Kernels have the same shape at every stride: only the table tells such a file from one of the same model."""
+    model, table = of_geometry(bins, frames, stride), torch.randn(1, 2 + 1212, 8)
+    adapted = model.adapted(model.state_dict() | {"v.pos_embed": table})
+    with pytest.raises(ValueError, match=r"other shape \(1\): v.pos_embed: \[1, 1214, 8\] in the file"):
         load_into(model, adapted, "file")
 
 

@@ -402,11 +402,13 @@ def test_a_file_keeps_its_names_and_bytes(name, tmp_path):
     assert adapted.keys() == first.state_dict().keys()
 
 
-def test_the_audio_only_class_takes_its_part_of_a_joint_file():
-    joint = fill(tiny("audioonly", depth=3))
-    part = loaded(tiny("audioonly", depth=3, streams=("audio",)), joint.state_dict())
+def test_the_audio_only_class_is_the_audio_part_of_the_joint_one_and_refuses_the_rest():
+    joint, part = fill(tiny("audioonly", depth=3)), tiny("audioonly", depth=3, streams=("audio",))
+    own = {name: tensor for name, tensor in joint.state_dict().items() if name in part.state_dict()}
     inputs = raw_of(joint)
-    assert torch.equal(part(inputs), joint(inputs))
+    assert torch.equal(loaded(part, own)(inputs), joint(inputs))
+    with pytest.raises(ValueError, match=r"not in the model \(\d+\): blocks_v"):
+        loaded(part, joint.state_dict())
 
 
 def test_a_file_from_pre_training_is_refused_with_its_decoder_named(pretrained):

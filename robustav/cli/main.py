@@ -167,6 +167,12 @@ def attack(
     strict: Annotated[
         bool, typer.Option(help="Stop at the first clip that cannot be used, instead of listing it.")
     ] = False,
+    probe: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Clips on which the model itself is looked at, for flags: some 100 passes each; 0: none."
+        ),
+    ] = 16,
     keep: Annotated[int, typer.Option(min=0, help="Keep the adversarial examples of the first N clips.")] = 0,
     out: Annotated[
         Path | None,
@@ -211,7 +217,7 @@ def attack(
     )
     try:
         with Bars(ERRORS) as bars:
-            made = Settings(device=device, strict=strict, keep=keep, progress=bars.attacks, **settings)
+            made = Settings(device=device, strict=strict, keep=keep, probed=probe, progress=bars.attacks, **settings)
             ledger = evaluation.run(out, made, progress=bars.generation)
     except KeyboardInterrupt:
         ERRORS.print("stopped: the same command goes on where it was")

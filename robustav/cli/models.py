@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import fields
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,11 @@ def list_models(as_json: bool) -> None:
     console.print(table, highlight=False)
     console.print()
     table = Table("give a checkpoint", "what it is", "inputs", "parameters", box=None, pad_edge=False)
-    known = (row for name, row in facts.items() if name not in EMBEDDED)
-    for (paper, licence), rows in groupby(known, lambda row: (row["paper"], row["licence"])):
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for name, row in facts.items():
+        if name not in EMBEDDED:
+            groups.setdefault((row["paper"], row["licence"]), []).append(row)
+    for (paper, licence), rows in groups.items():
         table.add_row(f"[dim]{paper}[/]", f"[dim]code and weights: {licence}[/]")
         for row in rows:
             inputs = ", ".join(row["inputs"]) or "pre-training"
@@ -97,7 +99,10 @@ def show_model(text: str, as_json: bool) -> None:
             facts["card"] = read_card(entry.path)
         if isinstance(model, Classifier):
             facts["stages"] = stages(model)
-            facts["usual"] = {f.name: _usual(getattr(task, f.name)) for f in fields(Task) if f.name in entry.takes}
+            facts["usual"] = {
+                f.name: _usual(getattr(entry.task, f.name)) for f in fields(Task) if f.name in entry.takes
+            }
+            facts["usual"]["at"] = "raw"
     else:
         model, about = load_model(text)
         facts = _facts(text, Entry(lambda _: model, type(model).__name__, "your own"), model) | about
@@ -112,7 +117,7 @@ def show_model(text: str, as_json: bool) -> None:
     for stage, shape in facts.get("stages", {}).items():
         table.add_row(stage, shape)
     if facts["classes"]:
-        shown = ", ".join(facts["classes"][:12]) + " ..." * (len(facts["classes"]) > 12)
+        shown = "; ".join(facts["classes"][:8]) + " ..." * (len(facts["classes"]) > 8)
         table.add_row("classes", f"{len(facts['classes'])}, {facts['label_kind']}: {shown}")
     table.add_row("parameters", f"{facts['parameters']:,}")
     for part, count in facts["parts"].items():
@@ -122,7 +127,7 @@ def show_model(text: str, as_json: bool) -> None:
         if facts[key]:
             table.add_row(key, facts[key])
     for key, value in facts.get("usual", {}).items():
-        table.add_row(f"setting {key}", f"{value} unless --model '{asked.name}({key}=...)'")
+        table.add_row(f"setting {key}", f"usually {value}; another: --model '{asked.name}({key}=...)'")
     for key, value in facts.get("card", {}).items():
         if key not in ("model", "summary", "parameters"):
             table.add_row(key, json.dumps(value) if not isinstance(value, str) else value)
@@ -137,7 +142,7 @@ def check_checkpoint(path: str, trust_pickle: bool, as_json: bool) -> bool:
     """Say which models a checkpoint fits; returns whether any."""
     state = read_checkpoint(path, trust_pickle=trust_pickle)
     found = fits(state, MODELS)
-    fitting = [fit for fit in found if fit.as_it_is] or [fit for fit in found if fit.exact]
+    fitting = [fit for fit in found if fit.exact and not fit.resampled] or [fit for fit in found if fit.exact]
     digest = digest_of_file(path)
     if as_json:
         rows = [
@@ -147,10 +152,12 @@ def check_checkpoint(path: str, trust_pickle: bool, as_json: bool) -> bool:
         return bool(fitting)
     console = wide_console()
     console.print(f"{path}: {len(state)} tensors, sha256 {digest}", highlight=False, markup=False, soft_wrap=True)
+    nearest = [] if fitting else [fit for fit in found[:SHOWN] if fit.shared]
     table = Table.grid(padding=(0, 2))
-    for fit in fitting or found[:SHOWN]:
+    for fit in fitting or nearest:
         table.add_row(fit.name, MODELS[fit.name].summary, _verdict(fit))
-    console.print("fits" if fitting else "fits no model that is known here; the nearest:", highlight=False)
+    words = "fits no model that is known here" + ("; the nearest:" if nearest else ", and shares no name with any")
+    console.print("fits" if fitting else words, highlight=False)
     console.print(table, highlight=False, markup=False)
     if len(fitting) > 1:
         console.print(
@@ -166,7 +173,11 @@ def _verdict(fit: Fit) -> str:
     if not fit.exact:
         return str(fit.differs)
     said = [f"{fit.classes} classes: name them, --model '{fit.name}(classes=FILE)'"] if fit.classes is not None else []
-    said += [f"resampled on loading: {', '.join(fit.resampled)}"] if fit.resampled else []
+    if fit.resampled:
+        takes = [f"{key}=..." for key in ("seconds", "size") if key in MODELS[fit.name].takes]
+        said.append(
+            f"made for another length or size: say {' or '.join(takes)}, or {', '.join(fit.resampled)} is resampled"
+        )
     return "; ".join(said) or "as it is"
 
 

@@ -162,7 +162,7 @@ def read_features(file: Path | None, modality: str, spec: InputSpec) -> Tensor:
     except FileNotFoundError:
         raise SkippedError(f"no such file: {file.name}") from None
     except (ValueError, OSError, EOFError) as error:
-        raise SkippedError(f"{file.name} is no .npy file of numbers: {error}") from error
+        raise SkippedError(f"{file.name} is no .npy file of numbers (pickled objects are not read)") from error
     if not isinstance(array, np.ndarray) or array.shape != spec.shape or array.dtype.kind not in "fiu":
         got = f"{list(array.shape)} of {array.dtype}" if isinstance(array, np.ndarray) else "an archive"
         raise SkippedError(f"{file.name} must hold numbers of shape {list(spec.shape)}, got {got}")

@@ -53,11 +53,11 @@ def load_samples(source: str | None, model: Classifier, progress: Progress | Non
 def read_clips(path: Path, model: Classifier) -> Samples:
     """The clips of a manifest, a folder or one clip. AudioSet's machine ids are understood beside its names.
 
-    A model that is attacked at its features reads them through its own front ends, or from files where each clip has
-    them.
+    A model that is attacked at its features reads them through its own front ends, or from files if the manifest names
+    any: a clip without is then skipped.
     """
     entries = read_manifest(path)
-    named = all(entry.features(m) is not None for entry in entries for m in model.specs)
+    named = any(entry.features(m) is not None for entry in entries for m in model.specs)
     if isinstance(model, AtFeatures) and not named:
         return Featured(read_clips(path, model.model), model)
     return Clips(entries, model.specs, model.classes, model.label_kind, name=path.name, aliases=MACHINE_IDS)

@@ -26,10 +26,11 @@ from robustav.geometry.targets import (
     measured,
     noisy,
 )
-from robustav.ledger import Ledger, digest_of_model
+from robustav.ledger import Ledger
 from robustav.metrics.intervals import bootstrap_weights
 from robustav.plan import CLEAN, is_attack
 from robustav.randomness import draws_for
+from robustav.record import check_model
 from robustav.report.table import usable
 
 CLIPS = ("auto", "other", "same")
@@ -75,7 +76,7 @@ def join(
         raise ValueError(f"`clips` must be one of {', '.join(CLIPS)}, got {clips!r}")
     record = ledger.record()
     identity, asked = record["identity"], record["about"].get("asked", {})
-    name = str(record["about"].get("model", record["model"]))
+    name = str(identity["model"])
     if attacked is not None:
         attacked = "+".join(sorted(identity["specs"] if attacked == "both" else attacked.split("+")))
     chosen = attacked or _widest(identity["conditions"], ledger)
@@ -83,7 +84,7 @@ def join(
     same = clips == "same" or (clips == "auto" and others < record["clips"] / 2)
     survey = replace(
         survey,
-        model=model or name,
+        model=model or asked.get("model", name),
         data=data or asked.get("data"),
         checkpoint=checkpoint or asked.get("checkpoint"),
         limit=None,
@@ -94,7 +95,7 @@ def join(
     else:
         survey = replace(survey, leave_out=frozenset(ledger.read(CLEAN.key)["sample"]))
     with survey.opened(progress) as view:
-        check_weights(ledger, view.model)
+        check_model(ledger, view.model)
         if identity["data"] != view.samples.digest:
             raise ValueError(f"the data of {ledger.folder} are not those found now: give the run's own with --data")
         if same:
@@ -183,13 +184,3 @@ def _widest(conditions: Mapping[str, Mapping[str, Any]], ledger: Ledger) -> str:
     if not sets:
         raise ValueError(f"{ledger.folder} attacks nothing (noise is no attack): run robustav attack with pgd first")
     return max(sets, key=lambda text: text.count("+"))
-
-
-def check_weights(ledger: Ledger, model: Classifier) -> None:
-    """Raise `ValueError` unless the run was made with this very model."""
-    then, now = ledger.record()["identity"]["weights"], digest_of_model(model)
-    if then != now:
-        raise ValueError(
-            f"{ledger.folder} was made with other weights ({then[:12]} there, {now[:12]} here): give the run's own with "
-            "--model and --checkpoint"
-        )

@@ -41,6 +41,25 @@ def parse_model(text: str) -> Asked:
     return Asked(match["name"], settings, at_features)
 
 
+def absolute(text: str) -> str:
+    """The same model asked for from any folder: paths of classes, of a Hugging Face folder and of a factory in full."""
+    match = TEXT.fullmatch(text.strip())
+    assert match is not None
+    kind, colon, rest = match["name"].partition(":")
+    if kind in ("hf", "trained") and Path(rest).exists():
+        name = f"{kind}:{Path(rest).resolve()}"
+    elif kind.endswith(".py") and Path(kind).exists():
+        name = f"{Path(kind).resolve()}{colon}{rest}"
+    else:
+        name = match["name"]
+    settings = [part.strip() for part in (match["settings"] or "").split(",") if part.strip()]
+    for i, part in enumerate(settings):
+        key, _, value = (piece.strip() for piece in part.partition("="))
+        if key == "classes":
+            settings[i] = f"classes={Path(value).resolve()}"
+    return f"{name}({', '.join(settings)})" if settings else name
+
+
 def task_of(usual: Task, changes: Mapping[str, Any]) -> Task:
     """The usual task with what was asked for."""
     return replace(usual, **changes)
@@ -54,7 +73,12 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"`classes` must be a file of class names, a name a line, and there is no file {str(path)!r}")
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: must be UTF-8 text, got byte 0x{error.object[error.start]:02X} at {error.start}"
+        ) from error
     if path.suffix.lower() == ".csv":
         rows = list(csv.DictReader(text.splitlines()))
         column = next((name for name in COLUMNS if rows and name in rows[0]), None)

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state")  # entries that hold what is looked for
+PREFIXES = ("module.", "_orig_mod.")
 
 
 def read_checkpoint(path: Path | str, *, trust_pickle: bool = False) -> dict[str, Tensor]:
@@ -24,23 +26,68 @@ def read_checkpoint(path: Path | str, *, trust_pickle: bool = False) -> dict[str
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {str(path)!r} is not a file")
+    with path.open("rb") as file:
+        begins = file.read(8)
+    if not begins:
+        raise ValueError(f"checkpoint {str(path)!r} is empty")
+    if path.suffix != ".safetensors" and not begins.startswith((b"PK", b"\x80")):
+        raise ValueError(f"checkpoint {str(path)!r} is no torch file: it begins with {begins!r}")
     try:
         state: Any = load_file(path) if path.suffix == ".safetensors" else _unpickled(path, trust_pickle)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"checkpoint {str(path)!r} holds more than tensors or is no torch file, and loading it could run code: convert it to "
-            "safetensors, or pass --trust-pickle if you trust where it comes from"
+            f"checkpoint {str(path)!r} holds more than tensors, and loading it could run code: save its state_dict() alone, or pass "
+            "--trust-pickle if you trust where it comes from"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}") from error
-    while isinstance(state, Mapping):
-        inner = next((state[key] for key in ("state_dict", "model") if isinstance(state.get(key), Mapping)), None)
-        if inner is None:
-            break
-        state = inner
-    if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
-        raise ValueError(f"checkpoint {str(path)!r} holds no state dict: expected a mapping from names to tensors")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    except Exception as error:  # a broken file makes a reader stumble anywhere
+        kind = "safetensors" if path.suffix == ".safetensors" else "a torch file"
+        raise ValueError(
+            f"checkpoint {str(path)!r} cannot be read as {kind}: {type(error).__name__}: {error}"
+        ) from error
+    state = unwrapped(state)
+    if not _is_state(state):
+        entries = ", ".join(map(str, list(state)[:8])) if isinstance(state, Mapping) else ""
+        raise ValueError(
+            f"checkpoint {str(path)!r} holds no state dict: expected a mapping from names to tensors, got a "
+            f"{type(state).__name__}" + (f" with the entries {entries}" if entries else "")
+        )
+    bare = {bare_name(name): tensor for name, tensor in state.items()}
+    if len(bare) < len(state):
+        raise ValueError(
+            f"checkpoint {str(path)!r} has names twice, with a wrapper such as 'module.' before them and without"
+        )
+    return bare
+
+
+def unwrapped(state: Any) -> Any:
+    """What training scripts put around a state dict taken off: a module, or a mapping with one entry that is a state dict."""
+    while not _is_state(state):
+        if isinstance(state, nn.Module):
+            state = state.state_dict()
+        elif isinstance(state, Mapping):
+            usual = [state[key] for key in WRAPPERS if isinstance(state.get(key), Mapping | nn.Module)]
+            inner = usual or [value for value in state.values() if _is_state(value)]
+            if len(inner) == 0 or (len(inner) > 1 and not usual):
+                return state
+            state = inner[0]
+        else:
+            return state
+    return state
+
+
+def _is_state(found: Any) -> bool:
+    return (
+        isinstance(found, Mapping)
+        and len(found) > 0
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items())
+    )
+
+
+def bare_name(name: str) -> str:
+    """Without what data-parallel and compiled wrappers put before it."""
+    while name.startswith(PREFIXES):
+        name = name.partition(".")[2]
+    return name
 
 
 def _unpickled(path: Path, trusted: bool) -> Any:
@@ -85,6 +132,13 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
     differs = differences(own, state)
     if differs.total:
         raise ValueError(f"{source} does not fit the model: {differs}")
+    for name, tensor in state.items():
+        if tensor.is_complex():
+            raise ValueError(f"{source} does not fit the model: {name} holds complex numbers")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"{source} has values in {name} that are not finite: it was saved from a training that failed"
+            )
     model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in state.items()})
 
 
@@ -96,6 +150,8 @@ def convert(source: Path | str, target: Path | str, *, trust_pickle: bool = Fals
     target = Path(target)
     if target.suffix != ".safetensors":
         raise ValueError(f"the converted file must end in .safetensors, got {target.name!r}")
+    if not target.parent.is_dir():
+        raise ValueError(f"there is no folder {str(target.parent)!r}: make it first")
     if target.exists():
         raise ValueError(f"{target} exists: name another file, or remove it")
     state = read_checkpoint(source, trust_pickle=trust_pickle)

@@ -1,5 +1,6 @@
 """A row of the table of models: how to build it, what it is, and where it comes from."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from robustav.classifier import LabelKind, check_label_kind
 from robustav.data.audioset import CLASSES
 
+SHORTEST = 0.1  # s of audio
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -30,8 +32,10 @@ class Task:
         if len(set(self.classes)) != len(self.classes) or not self.classes:
             raise ValueError(f"`classes` must be different names, at least one, got {len(self.classes)} with repeats")
         for name in ("seconds", "frames", "size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be positive and finite, got {getattr(self, name)}")
+        if self.seconds < SHORTEST:
+            raise ValueError(f"`seconds` must be at least {SHORTEST:g}, got {self.seconds:g}")
 
 
 @dataclass(frozen=True)

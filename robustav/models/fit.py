@@ -13,10 +13,11 @@ from robustav.models.entry import Entry, Published, Task
 
 
 class Fit(NamedTuple):
-    """How well a checkpoint fits a row of the table of models."""
+    """How well a checkpoint fits a row of the table of models; `shared` of all their names and shapes they have in common."""
 
     name: str
     differs: Differences
+    shared: float
     classes: int | None  # the classes that the checkpoint tells apart, where that is not the row's usual number
     resampled: tuple[str, ...]  # position tables of another length or size, which loading resamples
 
@@ -24,11 +25,6 @@ class Fit(NamedTuple):
     def exact(self) -> bool:
         """Whether every tensor has its place."""
         return not self.differs.total
-
-    @property
-    def as_it_is(self) -> bool:
-        """Whether nothing need be named or resampled either."""
-        return self.exact and self.classes is None and not self.resampled
 
 
 @cache
@@ -45,7 +41,8 @@ def resampled_tables(state: Mapping[str, Tensor], adapted: Mapping[str, Tensor])
 
 def classes_in(state: Mapping[str, Tensor], entry: Entry) -> int | None:
     """How many classes a checkpoint tells apart, or None where it lacks the model's last layer."""
-    return len(state[entry.head]) if entry.head in state else None
+    head = state.get(entry.head)
+    return len(head) if head is not None and head.ndim and len(head) else None
 
 
 def fits(state: Mapping[str, Tensor], models: Mapping[str, Entry]) -> list[Fit]:
@@ -58,5 +55,9 @@ def fits(state: Mapping[str, Tensor], models: Mapping[str, Entry]) -> list[Fit]:
         model = weightless(entry, task)
         adapted = model.adapted(state) if isinstance(model, Published) else dict(state)
         differs = differences(model.state_dict(), adapted)
-        found.append(Fit(name, differs, other, resampled_tables(state, adapted)))
-    return sorted(found, key=lambda fit: (fit.differs.total, fit.classes is not None, len(fit.resampled)))
+        own = {id(tensor) for tensor in state.values()}  # and not what adapting filled in
+        told = [key for key in adapted.keys() & model.state_dict().keys() if key in state or id(adapted[key]) in own]
+        common = len(told) - len(differs.shapes)
+        shared = common / max(1, common + differs.total)
+        found.append(Fit(name, differs, shared, other, resampled_tables(state, adapted)))
+    return sorted(found, key=lambda fit: (-fit.shared, fit.classes is not None, len(fit.resampled)))

@@ -1,6 +1,7 @@
 """Models by name: embedded with their weights, published, a user's own."""
 
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from robustav.models.factory import from_factory
 from robustav.models.fit import classes_in, resampled_tables, weightless
 
 BOTH = ("audio", "visual")
+OF_TIMM = ("frames", "size", "classes", "label_kind")  # settings
 
 
 def _embedded(build: Callable[..., Classifier], summary: str, name: str, *modalities: str) -> Entry:
@@ -47,10 +49,10 @@ def load_model(
 ) -> tuple[Classifier, dict[str, Any]]:
     """A model in eval mode, and what a report should say of it.
 
-    `name` is a key of `MODELS`; `hf:FOLDER`, a local folder of Hugging Face's; `timm:NAME`; or `package.module:factory` or
-    `path/to/file.py:factory` for a user's own: a callable without arguments that returns a `Classifier`. Settings stand
-    behind it in brackets (`robustav.models.asked`). `checkpoint` replaces the weights; published models have none
-    without it. Raises `ValueError` naming what was expected and what came.
+    `name` is a key of `MODELS`; `hf:FOLDER`, a local folder of Hugging
+    Face's; `timm:NAME`; or `package.module:factory` or `path/to/file.py:factory` for a user's own: a callable without
+    arguments that returns a `Classifier`. Settings stand behind it in brackets (`robustav.models.asked`). `checkpoint`
+    replaces the weights; published models have none without it. Raises `ValueError` naming what was expected and what came.
     """
     asked = parse_model(name)
     about: dict[str, Any] = {"model": name}
@@ -67,17 +69,17 @@ def load_model(
         about |= {"summary": architecture_of(rest), "checkpoint": weights.name}
         about["checkpoint_sha256"] = digest_of_file(weights)
     elif kind == "timm" and rest:
-        from robustav.models.timm_models import from_timm
-
         if checkpoint is None:
             raise ValueError(f"{asked.name} comes without weights: give your own with --checkpoint FILE")
-        model = from_timm(rest, **_known(asked, "frames", "size", "classes", "label_kind"))
+        model = _from_timm(asked, rest)
     elif ":" in asked.name:
         _known(asked)
         model = from_factory(asked.name)
     else:
+        near = get_close_matches(asked.name.lower(), MODELS, n=3)
+        hint = f"did you mean {', '.join(near)}? There are" if near else "give one of"
         raise ValueError(
-            f"no model {asked.name!r}: give one of {', '.join(EMBEDDED)}, a published one (robustav models), or your own "
+            f"no model {asked.name!r}: {hint} {', '.join(EMBEDDED)}, a published one (robustav models), or your own "
             "as hf:FOLDER, timm:NAME, package.module:factory or file.py:factory"
         )
     if checkpoint is not None:
@@ -96,12 +98,40 @@ def _known(asked: Asked, *known: str) -> Mapping[str, Any]:
     return asked.task
 
 
+def _from_timm(asked: Asked, name: str) -> Classifier:
+    from robustav.models.timm_models import from_timm
+
+    return from_timm(name, **_known(asked, *OF_TIMM))
+
+
+def build_model(name: str) -> Classifier:
+    """A model to train, with random weights from the global generators; a folder's or a factory's comes as it is."""
+    asked = parse_model(name)
+    kind, _, rest = asked.name.partition(":")
+    if asked.name in MODELS:
+        entry = MODELS[asked.name]
+        model = _checked(entry.build(task_of(entry.task, asked.task)), asked.name)
+    elif kind == "timm" and rest:
+        model = _from_timm(asked, rest)
+    else:
+        return load_model(name)[0]
+    return AtFeatures(model) if asked.at_features else model
+
+
 def inputs_of(name: str) -> Classifier:
     """A model for what it reads and which classes it knows: of one in `MODELS` the weights are not needed, nor there."""
     asked = parse_model(name)
+    kind, _, rest = asked.name.partition(":")
     if asked.name in MODELS:
         entry = MODELS[asked.name]
-        return _checked(weightless(entry, task_of(entry.task, asked.task)), asked.name)
+        task = task_of(entry.task, asked.task)
+        if asked.at_features:
+            return AtFeatures(_checked(entry.build(task), asked.name)).eval()
+        return _checked(weightless(entry, task), asked.name)
+    if kind == "timm" and rest:
+        from robustav.models.timm_models import from_timm
+
+        return from_timm(rest, **_known(asked, *OF_TIMM))
     return load_model(name)[0]
 
 

@@ -27,14 +27,9 @@ def grid_of(bins: int, frames: int, stride: tuple[int, int]) -> tuple[int, int]:
     return (bins - PATCH) // stride[0] + 1, (frames - PATCH) // stride[1] + 1
 
 
-# Tokens -> grid, of the tables that files are likely to have; no two of them have as many tokens.
-GRIDS = {
-    math.prod(grid): grid
-    for grid in (
-        grid_of(64, 400, (8, 8)),
-        *(grid_of(128, 128 * n, (stride, stride)) for stride in (10, 12, 14, 16) for n in range(1, 9)),
-    )
-}
+# Tokens -> grid and stride, of the tables that files are likely to have; no two of them have as many tokens.
+SIZES = [(64, 400, 8), *((128, 128 * n, stride) for stride in (10, 12, 14, 16) for n in range(1, 9))]
+GRIDS = {math.prod(grid_of(b, f, (s, s))): (grid_of(b, f, (s, s)), (s, s)) for b, f, s in SIZES}
 
 
 def regridded(
@@ -101,7 +96,7 @@ class AST(Published, Classifier):
                 f"`log_mel` must give at least {PATCH} bins and, in its setting `frames`, {PATCH} frames, "
                 f"got {bins} and {self.log_mel.frames}"
             )
-        self.grid = grid_of(bins, frames, stride)
+        self.grid, self.stride = grid_of(bins, frames, stride), stride
         self.v = DistilledViT(dim, depth, heads, stride, math.prod(self.grid))
         self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, len(task.classes)))
 
@@ -118,18 +113,19 @@ class AST(Published, Classifier):
         return self.mlp_head(latent)
 
     def adapted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """With this model's ImageNet heads where the file has none, and its position table for this model's grid.
+        """With empty ImageNet heads where the file has none, and its position table for this model's grid.
 
         A table says only how many tokens it has. Its grid is that of `GRIDS`, or else has as many rows as this model's.
+        One of another stride is left as it is, for loading to refuse: it belongs to another model.
         """
         table = state.get("v.pos_embed")
         if table is None or table.ndim != 3:
             return dict(state)
         own = self.state_dict()
-        adapted = {name: own[name] for name in UNUSED} | dict(state)
+        adapted = {name: torch.zeros(own[name].shape) for name in UNUSED} | dict(state)
         tokens, (rows, columns) = table.shape[1] - LEADING, self.grid
-        grid = GRIDS.get(tokens, (rows, tokens // rows))
-        if tokens > 0 and tokens != rows * columns and tokens == math.prod(grid):
+        grid, stride = GRIDS.get(tokens, ((rows, tokens // rows), self.stride))
+        if stride == self.stride and tokens > 0 and tokens != rows * columns and tokens == math.prod(grid):
             adapted["v.pos_embed"] = regridded(table, grid, self.grid)
         return adapted
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustav.classifier import Classifier, frames, waveform
-from robustav.fbank import RECIPES, Fbank
+from robustav.fbank import RECIPES, Fbank, frames_for
 from robustav.image import ImageFrontEnd
 from robustav.models.entry import Entry, Published, Task
 from robustav.models.published.mixtures import averaged
@@ -18,7 +18,6 @@ from robustav.models.published.transformer import Attention, Mlp, Patches, grid,
 
 PATCH = 16  # pixels, frames and bins
 ROWS = 8  # of patches in a spectrogram of 128 bins
-OF_A_STREAM = ("modality", "pos_embed", "patch_embed", "blocks", "norm")
 CHANNELS = {"audio": 1, "visual": 3}
 Norms = Literal["", "_a", "_v"]  # plain ones, audio's, pictures'
 ENDINGS: dict[str, Norms] = {"audio": "_a", "visual": "_v"}  # of the names of a modality's official tensors
@@ -81,7 +80,7 @@ class Streams(Published):
         trained_positions: bool,
     ) -> None:
         super().__init__()
-        audio_frames = audio_frames or 128 * math.ceil(100 * task.seconds / 128)
+        audio_frames = audio_frames or frames_for(task.seconds)
         for name, size in (("audio_frames", audio_frames), ("task.size", task.size)):
             if size % PATCH:
                 raise ValueError(f"`{name}` must be a multiple of {PATCH}, the size of a patch, got {size}")
@@ -139,11 +138,9 @@ class Streams(Published):
 
         Of other clip lengths, as AST [Gong et al., 2021, arXiv:2104.01778] has it: a shorter clip gets the middle of
         the table, a longer one a table stretched bilinearly. Of other pictures, stretched bilinearly either way.
-        A model without a stream, as the official audio-only class is, does without that stream's tensors.
-        Left as they are: the decoder in a file from pre-training, which has no classifier for loading to find.
+        Left as they are, for loading to refuse: a decoder, or a stream that this model has not.
         """
-        absent = tuple(f"{name}{ENDINGS[m]}." for m in ENDINGS if m not in self.grids for name in OF_A_STREAM)
-        kept = {key: tensor for key, tensor in state.items() if not f"{key}.".startswith(absent)}
+        kept = dict(state)
         for modality, shape in self.grids.items():
             for name in ("pos_embed", "decoder_pos_embed"):
                 key = f"{name}{ENDINGS[modality]}"

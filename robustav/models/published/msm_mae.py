@@ -95,19 +95,6 @@ class Encoder(Published):
         """The position table in two dimensions."""
         return position_table(*grid(*self.grid), dim, leading=self.leading)
 
-    def tables(self) -> dict[str, Tensor]:
-        """Every fixed table of the state dict, as its formula has it."""
-        return {"pos_embed": self.table(self.pos_embed.shape[2])}
-
-    def adapted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """An official state dict; position tables of another number of frames are replaced by those of this one."""
-        fitting = dict(state)
-        for name, table in self.tables().items():
-            given = state.get(name, table)
-            if given.shape != table.shape and given.shape[::2] == table.shape[::2]:
-                fitting[name] = table
-        return fitting
-
     def embedded(
         self, spectrogram: Float[Tensor, "batch 1 bin frame"], visible: Int[Tensor, "batch kept"] | None = None
     ) -> Float[Tensor, "batch token dim"]:
@@ -198,9 +185,6 @@ class MsmMaePretraining(Encoder):
             return self.table(dim)
         sines, cosines = waves(torch.arange(self.grid[0] * self.grid[1]).double(), dim).chunk(2, dim=1)
         return F.pad(torch.stack([sines, cosines], dim=2).flatten(1), (0, 0, self.leading, 0))[None].float()
-
-    def tables(self) -> dict[str, Tensor]:
-        return super().tables() | {"decoder_pos_embed": self.decoder_table(self.decoder_pos_embed.shape[2])}
 
     def decoded(
         self, encoded: Float[Tensor, "batch kept dim"], restore: Int[Tensor, "batch token"]
@@ -310,7 +294,7 @@ def entry(make: Callable[[Task], nn.Module], summary: str, *, takes: tuple[str, 
         summary=summary,
         source="Niizumi et al.",
         paper="Niizumi et al., 2022, arXiv:2204.12260",
-        licence="official code and weights: evaluation only, no distribution",
+        licence="evaluation only, no distribution",
         published="https://github.com/nttcslab/msm-mae",
         takes=takes,
         head=head,

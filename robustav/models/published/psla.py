@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustav.classifier import Classifier, waveform
-from robustav.fbank import RECIPES, Fbank, Recipe
+from robustav.fbank import RECIPES, Fbank, Recipe, frames_for
 from robustav.models.entry import Entry, Published, Task
 from robustav.models.published.efficientnet import SCALES, EfficientNet, Scale
 from robustav.models.published.mixtures import floored, mean_logit, mixture, shares, weighted
@@ -27,8 +27,8 @@ ROWS = 4  # of a map, which attention has as one
 
 def clip_fbank(recipe: Recipe, seconds: float) -> Fbank:
     """The recipe's filter bank; clips of other than 10 s get as many blocks of 128 frames as they need."""
-    blocks = math.ceil(100 * seconds / 128) - 8
-    return Fbank(**recipe._replace(frames=recipe.frames + 128 * blocks)._asdict())
+    frames = recipe.frames + frames_for(seconds) - frames_for(10.0)
+    return Fbank(**recipe._replace(frames=frames)._asdict())
 
 
 class Pointwise(nn.Conv2d):
@@ -249,7 +249,7 @@ def efficientnet(
     *,
     recipe: Recipe = PSLA,
     symmetric: bool = True,
-    pooling: str = "4 heads of attention",
+    pooling: str = "4 heads of attention over time",
     published: str = "",
     source: str = "Gong et al.",
     paper: str = "Gong et al., 2021, arXiv:2102.01243",
@@ -257,12 +257,12 @@ def efficientnet(
     """A row of the table."""
     return Entry(
         make=lambda task: EfficientNetAttention(task, SCALES[name], heads=heads, recipe=recipe, symmetric=symmetric),
-        summary=f"EfficientNet-{name.upper()}, {pooling} over time",
+        summary=f"EfficientNet-{name.upper()}, {pooling}",
         source=source,
         paper=paper,
         licence="BSD-3-Clause",
         published=published,
-        takes=("classes", "label_kind", "seconds"),
+        takes=("classes", "label_kind"),
         head="attention.cla.0.weight" if heads == HEADS else "attention.cla.weight",
     )
 
@@ -284,8 +284,8 @@ def resnet(bins: Literal[64, 128], summary: str) -> Entry:
 OWN, TAGGING = "https://github.com/YuanGongND/psla", "https://github.com/lijuncheng16/AudioTaggingDoneRight"
 MODELS: dict[str, Entry] = {
     **{f"psla-{name}": efficientnet(name, published=OWN if name == "b2" else "") for name in SCALES},
-    "psla-b2-single-head": efficientnet("b2", 1, pooling="one head of attention"),
-    "psla-b2-mean": efficientnet("b2", 0, pooling="mean"),
+    "psla-b2-single-head": efficientnet("b2", 1, pooling="one head of attention over time"),
+    "psla-b2-mean": efficientnet("b2", 0, pooling="mean over time"),
     "psla-b2-tagging": efficientnet(
         "b2",
         recipe=RECIPES["tagging-mix-0.5"],
@@ -301,7 +301,7 @@ MODELS: dict[str, Entry] = {
         source="Gong et al.",
         paper="Gong et al., 2021, arXiv:2102.01243",
         licence="BSD-3-Clause",
-        takes=("classes", "label_kind", "seconds"),
+        takes=("classes", "label_kind"),
         head="model.classifier.weight",
     ),
     "psla-resnet50-128": resnet(128, "ResNet-50 over 128 mel bands, attention over time"),

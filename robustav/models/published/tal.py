@@ -4,7 +4,6 @@ TALNet [Wang et al., 2019, arXiv:1810.09050], TAL-trans [Li et al., 2022, arXiv:
 tagging study [Li et al., 2022, arXiv:2203.13448]. Official outputs are probabilities; here they are their logits.
 """
 
-import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from robustav.classifier import Classifier, InputSpec, waveform
-from robustav.fbank import RECIPES, Fbank
+from robustav.fbank import RECIPES, Fbank, frames_for
 from robustav.models.entry import Entry, Published, Task
 from robustav.models.published.mixtures import mean_logit, mixture, shares
 from robustav.models.published.transformer import waves
@@ -39,11 +38,6 @@ def long_frames(seconds: float) -> int:
     return round(40 * seconds)
 
 
-def short_frames(seconds: float) -> int:
-    """One every 10 ms, filled up to a multiple of 128."""
-    return 128 * math.ceil(round(100 * seconds, 6) / 128)
-
-
 def tagging(name: str) -> Callable[[int], nn.Module]:
     """The 64 bands of the tagging study with the statistics of one of its recipes."""
     return lambda frames: TaggingLogMel(frames=frames, **TAGGING_RECIPES[name]._asdict())
@@ -58,7 +52,7 @@ FRONT_ENDS = {
     "tal": FrontEnd(64, long_frames, lambda frames: TalLogMel.published(frames=frames)),
     "tagging-64": FrontEnd(64, long_frames, tagging("tal")),
     "tagging-64-trans": FrontEnd(64, long_frames, tagging("tal-trans")),
-    "tagging-128": FrontEnd(128, short_frames, fbank),
+    "tagging-128": FrontEnd(128, frames_for, fbank),
 }
 
 
@@ -151,13 +145,19 @@ class PositionalEncoding(nn.Module):
 
 
 class Gru(nn.GRU):
-    """A GRU that stays in training mode: cuDNN has no backward pass otherwise, and without dropout it changes nothing.
+    """One bidirectional layer that cuDNN always runs as in training: it has no backward pass otherwise.
 
-    A copy keeps its weights in one piece, of which cuDNN warns otherwise.
+    Without dropout that changes nothing. A copy keeps its weights in one piece, of which cuDNN warns otherwise.
     """
 
-    def train(self, mode: bool = True) -> "Gru":
-        return super().train(True)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        steps = x.transpose(
+            0, 1
+        ).contiguous()  # in memory step by step: oneDNN copies frozen weights for each otherwise
+        start = x.new_zeros(2, len(x), self.hidden_size)
+        weights = [weight for weight in self._flat_weights if weight is not None]
+        states, last = torch.gru(steps, start, weights, True, 1, 0.0, True, True, False)
+        return states.transpose(0, 1), last
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -257,7 +257,7 @@ def renamed(name: str) -> str:
 
 def continued(table: Float[Tensor, "1 rows bin"], own: Float[Tensor, "1 all bin"]) -> Float[Tensor, "1 all bin"]:
     """A table of positions cut to the length of our own, or continued with it."""
-    further = own[:, table.shape[1] :]
+    further = PositionalEncoding(*own.shape[1:]).pe[:, table.shape[1] :]
     return torch.cat([table, further.to(table)], dim=1) if further.shape[1] else table[:, : own.shape[1]]
 
 
@@ -283,8 +283,7 @@ def hearing(front_end: str, task: Task) -> Hearing:
     if front_end not in FRONT_ENDS:
         raise ValueError(f"`front_end` must be one of {sorted(FRONT_ENDS)}, got {front_end!r}")
     mels, count, make = FRONT_ENDS[front_end]
-    if (frames := count(task.seconds)) < 4:
-        raise ValueError(f"`task.seconds` must be at least 0.1, four frames, got {task.seconds:g}")
+    frames = count(task.seconds)
     return Hearing(waveform(task.seconds), mels, frames, max(frames, count(10.0)), make(frames))
 
 

@@ -8,16 +8,12 @@ import torch.nn.functional as F  # noqa: N812  (the name that every PyTorch read
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from robustav.audio import SAMPLE_RATE
-from robustav.fbank import HOP, RECIPES, Fbank
-
-FRAMES = 128  # clips are filled up to a multiple of so many frames, of 10 ms each
+from robustav.fbank import RECIPES, Fbank, frames_for
 
 
 def fbank_of(recipe: str, seconds: float) -> Fbank:
     """A filter bank of `RECIPES` for clips of any length: 1024 frames for 10 s, 512 for 5 s, 128 for 1 s."""
-    frames = FRAMES * -(-round(seconds * SAMPLE_RATE) // (FRAMES * HOP))
-    return Fbank(**RECIPES[recipe]._replace(frames=frames)._asdict())
+    return Fbank(**RECIPES[recipe]._replace(frames=frames_for(seconds))._asdict())
 
 
 def learned(*shape: int) -> nn.Parameter:

@@ -100,7 +100,7 @@ def initialise(module: nn.Module) -> None:
 
 def resampled(table: Float[Tensor, "1 all dim"], side: int) -> Float[Tensor, "1 wanted dim"]:
     """A table for `side` x `side` patches behind the class token; one that is of no square grid stays as it is."""
-    old = math.isqrt(table.shape[1] - 1)
+    old = math.isqrt(max(0, table.shape[1] - 1))
     if old == side or 1 + old**2 != table.shape[1]:
         return table
     square = table[:, 1:].float().transpose(1, 2).unflatten(2, (old, old))
