@@ -85,7 +85,7 @@ def test_shards_make_one_run(invoke):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "resnet"], "no model 'resnet': give one of audio-cnn"),
+        (["--model", "resnet"], "no model 'resnet': did you mean"),
         (["--eps", "a lot"], "epsilon must be a number or a fraction such as 4/255, got 'a lot'"),
         (["--eps", "audio=0.1", "--model", "visual-cnn"], "but the model's modalities are ['visual']"),
         (["--data", "nowhere.csv"], "no data 'nowhere.csv': give av-events, a manifest"),
