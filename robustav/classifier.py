@@ -1,7 +1,7 @@
 """The noun that everything attacks: a classifier in stages, what its inputs must look like, and views of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -80,6 +80,7 @@ class Classifier(nn.Module, ABC):
     specs: Mapping[str, InputSpec]
     classes: tuple[str, ...]
     label_kind: LabelKind
+    needs_adaptive: bool = False  # declared: a defence, whose scores mean nothing without an attack that knows it
     stochastic: bool = False  # declared: scores are drawn at random, so verdicts and attacks must average over draws
 
     def front_end(self, modality: str, raw: Tensor) -> Tensor:
@@ -137,6 +138,28 @@ class Classifier(nn.Module, ABC):
 
     def note(self, loss: Tensor, reached: Tensor) -> None:
         """Hear what an attack makes of its last pass, [batch] each; nobody listens unless a view does."""
+
+
+def missing_adaptive(model: Classifier, ran: Collection[str]) -> str:
+    """Why the robust scores of a run with the attacks `ran` (names) are not to be printed; empty if they are.
+
+    A defence is believed only under an attack that knows it [Tramer et al., 2020, arXiv:2002.08347]: one of those that
+    its class declares must be among them. Other models need none.
+    """
+    if not model.needs_adaptive:
+        return ""
+    name, own = type(model).__name__, sorted(model.adaptive_attacks())
+    if not own:
+        return (
+            f"{name} is a defence and declares no attack that knows it: return one from `adaptive_attacks()`, or its robust "
+            "scores are not printed"
+        )
+    if not set(own) & set(ran):
+        return (
+            f"{name} is a defence and was not attacked by {' or '.join(own)}, which knows it: run a suite, which adds it, or "
+            "its robust scores are not printed"
+        )
+    return ""
 
 
 def check_modalities(given: Mapping[str, object], wanted: Mapping[str, object]) -> None:

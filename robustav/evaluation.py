@@ -7,7 +7,7 @@ from typing import Any
 
 from robustav.attacks import ATTACKS, FMN, Attack, MomentumFGSM, Restarts, innermost
 from robustav.bridges import Bridge, parse_bridge
-from robustav.classifier import Classifier
+from robustav.classifier import Classifier, missing_adaptive
 from robustav.data.samples import Progress
 from robustav.data.sources import load_samples
 from robustav.goal_names import parse_goal
@@ -126,7 +126,10 @@ class Evaluation:
             raise ValueError(
                 f"the model's adaptive attack {taken[0]!r} has the name of one of the suite: give it another"
             )
-        made = members(self._as_asked(named if self.attacks else {**suite, **own}), model, score, self.eot)
+        chosen = {**(named if self.attacks else suite), **own}  # a defence faces its own attack whatever else is named
+        if reason := missing_adaptive(model, chosen):
+            raise ValueError(reason)
+        made = members(self._as_asked(chosen), model, score, self.eot)
         if self.source is not None:
             other, about = self._load(self.source, self.source_checkpoint)
             attack = averaging(MomentumFGSM(self.steps or 20), other, self.eot)

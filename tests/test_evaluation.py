@@ -93,6 +93,21 @@ def test_a_defence_that_declares_its_own_attack_and_chance_gets_both():
     assert made["apgd"].times == 3
 
 
+def test_a_defence_faces_its_own_attack_whatever_is_named():
+    class Hardened(LateFusion):
+        needs_adaptive = True
+
+        def adaptive_attacks(self):
+            return {"knows": PGD(3)} if self.declares else {}
+
+    model = tiny_fusion()
+    model.__class__, model.declares = Hardened, True
+    assert {m.name for m in Evaluation(attacks=["fgsm"]).members(model, Untargeted(), "mAP")} == {"fgsm", "knows"}
+    model.declares = False
+    with pytest.raises(ValueError, match=r"Hardened is a defence and declares no attack that knows it: return one"):
+        Evaluation(attacks=["fgsm"]).members(model, Untargeted(), "mAP")
+
+
 def test_source_and_smallest_add_a_row_each():
     made = attacks_of(attacks=["fgsm"], source=tiny_fusion(), smallest=True)
     assert list(made) == ["fgsm", "transfer", "smallest"]

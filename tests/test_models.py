@@ -226,7 +226,7 @@ def test_a_users_own_factory(tmp_path, monkeypatch):
         ("wrong.py:make", "wrong.py failed with SyntaxError"),
         ("nowhere.py:make", r"there is no file 'nowhere.py'"),
         ("no_such_package.models:make", "cannot import 'no_such_package'"),
-        ("av-fussion", "no model 'av-fussion': give one of audio-cnn, visual-cnn"),
+        ("av-fussion", "no model 'av-fussion': did you mean av-fusion. There are audio-cnn, visual-cnn"),
     ):
         with pytest.raises(ValueError, match=message):
             load_model(name)

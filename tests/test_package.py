@@ -14,7 +14,7 @@ import robustav
 
 PACKAGE = Path(robustav.__file__).parent
 PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "lightning_fabric": "lightning-fabric"}
 MODULES = sorted(name for _, name, _ in pkgutil.walk_packages(robustav.__path__, "robustav.") if "__main__" not in name)
 
 

@@ -15,10 +15,12 @@ from rich.console import Console
 
 from robustav import __version__
 from robustav.cli.audit import audit
+from robustav.cli.experiment import experiment
 from robustav.cli.metrics import metrics
 from robustav.cli.progress import Bars
 from robustav.cli.selftest import selftest
 from robustav.cli.shared import ERRORS, FAILED_AUDIT, Format, Json, chosen_format, models_by_name
+from robustav.cli.train import train
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
@@ -299,7 +301,9 @@ def data(
             show_data(what, json, bars.generation)
 
 
+app.command()(train)
 app.command()(metrics)
+app.add_typer(experiment, name="experiment")
 app.command()(audit)
 app.command()(selftest)
 

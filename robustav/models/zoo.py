@@ -49,7 +49,7 @@ def load_model(
 ) -> tuple[Classifier, dict[str, Any]]:
     """A model in eval mode, and what a report should say of it.
 
-    `name` is a key of `MODELS`; `hf:FOLDER`, a local folder of Hugging
+    `name` is a key of `MODELS`; `trained:FOLDER`, where `robustav train` left one; `hf:FOLDER`, a local folder of Hugging
     Face's; `timm:NAME`; or `package.module:factory` or `path/to/file.py:factory` for a user's own: a callable without
     arguments that returns a `Classifier`. Settings stand behind it in brackets (`robustav.models.asked`). `checkpoint`
     replaces the weights; published models have none without it. Raises `ValueError` naming what was expected and what came.
@@ -72,6 +72,16 @@ def load_model(
         if checkpoint is None:
             raise ValueError(f"{asked.name} comes without weights: give your own with --checkpoint FILE")
         model = _from_timm(asked, rest)
+    elif kind == "trained" and rest:
+        from robustav.training.loop import WEIGHTS, load_trained, read_trained
+
+        if checkpoint is not None:
+            raise ValueError(f"{asked.name} has its own weights: leave --checkpoint out, or name another folder")
+        _known(asked)
+        card = read_trained(rest)
+        model = load_trained(rest)
+        about |= {"summary": f"{card['recipe']['model']}, {card['method']}", "card": card}
+        about |= {"checkpoint": WEIGHTS, "checkpoint_sha256": card["sha256"]}
     elif ":" in asked.name:
         _known(asked)
         model = from_factory(asked.name)
@@ -80,7 +90,7 @@ def load_model(
         hint = f"did you mean {', '.join(near)}? There are" if near else "give one of"
         raise ValueError(
             f"no model {asked.name!r}: {hint} {', '.join(EMBEDDED)}, a published one (robustav models), or your own "
-            "as hf:FOLDER, timm:NAME, package.module:factory or file.py:factory"
+            "as trained:FOLDER, hf:FOLDER, timm:NAME, package.module:factory or file.py:factory"
         )
     if checkpoint is not None:
         if asked.name not in MODELS:

@@ -6,14 +6,12 @@ Plain training on av-events, two to five minutes a model on two cores. Writes th
 import json
 import logging
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from robustav.classifier import Classifier, Inputs
 from robustav.data.av_events import AvEvents
@@ -23,6 +21,7 @@ from robustav.metrics.tagging import mean_average_precision, top1_hit
 from robustav.models.checkpoints import digest_of_file
 from robustav.models.entry import WEIGHTS
 from robustav.models.zoo import EMBEDDED
+from robustav.training.data import Scenes
 
 log = logging.getLogger(__name__)
 
@@ -38,25 +37,6 @@ class Recipe:
     weight_decay: float = 0.05
     gain_db: float = 6.0  # audio louder or softer by up to this
     shift: int = 2  # pixels by which pictures are shifted at most
-
-
-class Scenes:
-    """A split of av-events in memory, in the units of the model, batch by batch."""
-
-    def __init__(self, split: str, modalities: list[str]) -> None:
-        self.samples = AvEvents(split)
-        self.audio, self.frames, self.labels = (torch.as_tensor(x) for x in self.samples.tensors())
-        self.modalities = modalities
-
-    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Inputs, Tensor]]:
-        order = (
-            torch.arange(len(self.labels))
-            if generator is None
-            else torch.randperm(len(self.labels), generator=generator)
-        )
-        for chosen in order.split(size):
-            raw = {"audio": lambda c: self.audio[c].float() / 32768, "visual": lambda c: self.frames[c].float() / 255}
-            yield {m: raw[m](chosen) for m in self.modalities}, self.labels[chosen].float()
 
 
 def moved(inputs: Inputs, recipe: Recipe, generator: torch.Generator) -> Inputs:
@@ -76,31 +56,32 @@ def moved(inputs: Inputs, recipe: Recipe, generator: torch.Generator) -> Inputs:
 
 def train(model: Classifier, recipe: Recipe) -> Classifier:
     """Minimise BCE; the model's initial weights and the order of batches follow from the recipe's seed."""
-    scenes = Scenes("train", list(model.specs))
+    scenes = Scenes(AvEvents("train"), model.specs)
     generator = torch.Generator().manual_seed(recipe.seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=recipe.weight_decay)
-    steps = recipe.epochs * -(-len(scenes.labels) // recipe.batch_size)
+    steps = recipe.epochs * -(-len(scenes.ids) // recipe.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.peak_learning_rate, total_steps=steps)
     for epoch in range(recipe.epochs):
         model.train()
         total = 0.0
-        for inputs, labels in scenes.batches(recipe.batch_size, generator):
-            loss = bce(model(moved(inputs, recipe, generator)), labels).mean()
+        for rows in torch.randperm(len(scenes.ids), generator=generator).split(recipe.batch_size):
+            inputs = moved(scenes.inputs(rows), recipe, generator)
+            loss = bce(model(inputs), scenes.targets[rows]).mean()
             if not loss.isfinite():
                 raise FloatingPointError(f"the loss is not finite in epoch {epoch}")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += loss.item() * len(labels)
-        log.info("epoch %d of %d: loss %.4f", epoch + 1, recipe.epochs, total / len(scenes.labels))
+            total += loss.item() * len(rows)
+        log.info("epoch %d of %d: loss %.4f", epoch + 1, recipe.epochs, total / len(scenes.ids))
     return model.eval()
 
 
 def scores(model: Classifier, scenes: Scenes) -> np.ndarray:
     """Logits over a split, [sample, class]."""
     with torch.no_grad():
-        return torch.cat([model(inputs) for inputs, _ in scenes.batches(32)]).numpy()
+        return torch.cat([model(scenes.inputs(rows)) for rows in torch.arange(len(scenes.ids)).split(32)]).numpy()
 
 
 def untrained(name: str) -> Classifier:
@@ -114,12 +95,12 @@ def make(name: str, recipe: Recipe, folder: Path) -> None:
     """Train one embedded model; write its weights and its card."""
     torch.manual_seed(recipe.seed)  # initial weights and dropout: a training script may own the global generator
     model = train(untrained(name), recipe)
-    test = Scenes("test", list(model.specs))
+    test = Scenes(AvEvents("test"), model.specs)
     exact = scores(model, test)
     state = {key: x.clone() for key, x in model.state_dict().items()}
     half = {key: x.half() if x.is_floating_point() else x for key, x in state.items()}
     model.load_state_dict(half)
-    logits, labels = scores(model, test), test.labels.numpy()
+    logits, labels = scores(model, test), test.targets.numpy()
     # Half precision only where it changes no decision on the whole test split.
     halved = bool(((logits >= 0) == (exact >= 0)).all() and (logits.argmax(1) == exact.argmax(1)).all())
     if halved:
@@ -142,7 +123,7 @@ def make(name: str, recipe: Recipe, folder: Path) -> None:
         | {"loss": "BCE", "optimizer": "AdamW, one-cycle", "made_by": "python -m robustav.training.embedded"},
         "data": {
             "train": {"name": "av-events/train", "sha256": AvEvents("train").digest},
-            "test": {"name": "av-events/test", "sha256": test.samples.digest, "clips": len(labels)},
+            "test": {"name": "av-events/test", "sha256": test.digest, "clips": len(labels)},
         },
         "clean": {
             "mAP": round(precision, 4),

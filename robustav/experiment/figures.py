@@ -1,0 +1,151 @@
+"""Figures of an experiment: protection over price, scores by attack mode, and curves over epsilon; a panel a model."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from robustav.experiment.fused import number_of
+from robustav.experiment.results import UNTOUCHED, Results, Where
+from robustav.experiment.tables import Tables, called
+from robustav.metrics.intervals import FEW_CLIPS, Interval
+from robustav.report.figures import THEME
+
+MARKERS = "osD^vP*X<>hp"
+MODES = {"": "0.55", "audio": "C0", "visual": "C2", "audio+visual": "C3"}
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Write every figure as PNG and SVG; returns the files."""
+    tables = Tables(results, results.scores[results.experiment.evaluations[0].name])
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    figures = {"protection-by-cost": by_cost, "by-attack-mode": by_mode, "by-epsilon": by_epsilon}
+    style = {**sns.axes_style(THEME["style"]), **sns.plotting_context(THEME["context"]), "svg.hashsalt": "robustav"}
+    with mpl.rc_context(style):
+        for name, make in figures.items():
+            figure = make(tables)
+            for ending, about in (("png", {}), ("svg", {"Date": None})):
+                written.append(folder / f"{name}.{ending}")
+                figure.savefig(written[-1], dpi=150, metadata=about)
+    return written
+
+
+def by_cost(tables: Tables) -> Figure:
+    """Robust score over what the training cost, a point a method."""
+    results, looks = tables.results, _looks(tables.results)
+    figure, axes, models = _panels(results, width=3.2, height=3.0)
+    for axis, model in zip(axes, models, strict=True):
+        plain = results.costs.get((model, results.experiment.baseline))
+        for method in _methods(results, model):
+            score = tables.scores.get(model, method, tables.all_of(model))
+            if score is None or plain is None:
+                continue
+            x = results.costs[model, method].passes / plain.passes
+            colour, marker = looks[method]
+            _point(axis, tables, x, score.mean, score.interval, colour, marker, method)
+        axis.set(title=model, xscale="log", xlabel=f"passes, times {results.experiment.baseline}'s")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
+        low, high = axis.get_xlim()
+        axis.set_xticks([tick for tick in (0.5, 1, 2, 4, 8, 16, 32, 64) if low <= tick <= high])
+    axes[0].set_ylim(bottom=0)  # of all panels, once everything is drawn
+    return _finished(figure, axes, f"{tables.scores.headline}, all modalities attacked, epsilon {tables.epsilon}")
+
+
+def by_mode(tables: Tables) -> Figure:
+    """Clean and under each attack mode, a line a method."""
+    results = tables.results
+    figure, axes, models = _panels(results, width=2.7, height=0.26 * len(results.experiment.methods) + 1.0, lines=1)
+    methods = [m for m in results.experiment.methods if any((model, m) in results.costs for model in models)]
+    for axis, model in zip(axes, models, strict=True):
+        sets = ["", *dict.fromkeys(w.attacked for w in tables.scores.places(model) if w.epsilon == tables.epsilon)]
+        for offset, attacked in zip(np.linspace(-0.24, 0.24, len(sets)), sets, strict=True):
+            colour, where = MODES.get(attacked, "C4"), Where(attacked, tables.epsilon) if attacked else UNTOUCHED
+            for y, method in enumerate(methods):
+                score = tables.scores.get(model, method, where)
+                if score is not None:
+                    _point(
+                        axis, tables, score.mean, y + offset, score.interval, colour, "o", called(attacked), flat=True
+                    )
+        axis.set(
+            title=model, xlim=(0, 1), yticks=range(len(methods)), yticklabels=methods, xlabel=tables.scores.headline
+        )
+        axis.set_ylim(len(methods) - 0.5, -0.5)
+    return _finished(figure, axes, "", f"clean and under attack at epsilon {tables.epsilon}")
+
+
+def by_epsilon(tables: Tables) -> Figure:
+    """Over epsilon with all modalities attacked, a line a method."""
+    results, looks = tables.results, _looks(tables.results)
+    figure, axes, models = _panels(results, width=3.2, height=3.0)
+    for axis, model in zip(axes, models, strict=True):
+        wide = tables.all_of(model).attacked
+        places = [UNTOUCHED, *(where for where in tables.scores.places(model) if where.attacked == wide)]
+        for method in _methods(results, model):
+            found = [(i, s) for i, w in enumerate(places) if (s := tables.scores.get(model, method, w)) is not None]
+            colour, marker = looks[method]
+            x, y = [i for i, _ in found], [score.mean for _, score in found]
+            axis.plot(x, y, marker=marker, color=colour, ms=4, lw=1.2, label=method)
+        ticks = ["0", *(where.epsilon for where in places[1:])]
+        axis.set(title=model, xlabel="epsilon", ylim=(0, 1), xticks=range(len(places)))
+        axis.set_xticklabels(ticks, rotation=0 if all(np.isfinite(number_of(t)) for t in ticks) else 30)
+    return _finished(figure, axes, f"{tables.scores.headline}, all modalities attacked")
+
+
+def _panels(
+    results: Results, width: float, height: float, lines: int | None = None
+) -> tuple[Figure, list[Axes], list[str]]:
+    """A panel for each model of which something is there."""
+    models = list(dict.fromkeys(model for model, _ in results.trainings()))
+    lines = lines or -(-len(models) // 3)
+    columns = -(-len(models) // lines)
+    figure = Figure(figsize=(width * columns + 1.6, height * lines + 0.5), layout="constrained")
+    axes: list[Axes] = list(np.ravel(figure.subplots(lines, columns, sharey=True, squeeze=False)))
+    for axis in axes[len(models) :]:
+        axis.set_visible(False)
+    return figure, axes[: len(models)], models
+
+
+def _methods(results: Results, model: str) -> list[str]:
+    return [method for other, method in results.trainings() if other == model]
+
+
+def _looks(results: Results) -> Mapping[str, tuple[object, str]]:
+    """A colour and a marker for each method; neighbours in the legend are far apart on the colour wheel."""
+    methods: Sequence[str] = results.experiment.methods
+    wheel = sns.color_palette("husl", len(methods))
+    colours = [wheel[i] for start in range(3) for i in range(start, len(methods), 3)]
+    return {m: (colours[i], MARKERS[i % len(MARKERS)]) for i, m in enumerate(methods)}
+
+
+def _point(
+    axis: Axes,
+    tables: Tables,
+    x: float,
+    y: float,
+    ends: Interval,
+    colour: object,
+    marker: str,
+    label: str,
+    flat: bool = False,
+) -> None:
+    """A score with its interval, upright unless it lies `flat`."""
+    if tables.scores.clips >= FEW_CLIPS:
+        axis.plot(*((ends, [y, y]) if flat else ([x, x], ends)), color=colour, lw=1.6, alpha=0.45)
+    axis.plot(x, y, marker, color=colour, ms=5.5, label=label)
+
+
+def _finished(figure: Figure, axes: Sequence[Axes], label: str, title: str = "") -> Figure:
+    """One legend for all panels, each entry once."""
+    axes[0].set_ylabel(label)
+    handles = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize="small", frameon=False)
+    if title:
+        figure.suptitle(title, fontsize="medium")
+    return figure

@@ -1,0 +1,504 @@
+"""The training loop: a recipe and a folder in, weights, a card and a log in that folder out; a kill costs an epoch."""
+
+import copy
+import io
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.distributed import is_torchelastic_launched
+
+import robustav
+from robustav.classifier import Classifier
+from robustav.data.samples import Progress
+from robustav.harness import pick_device
+from robustav.ledger import digest_of_model, write_atomically
+from robustav.models.checkpoints import digest_of_file, load_into, read_checkpoint
+from robustav.models.zoo import build_model, load_model
+from robustav.randomness import draw_for, seeded
+from robustav.training.augment import parse_augmentation
+from robustav.training.data import batches_of, order_of, training_set
+from robustav.training.logs import Scalars, log_lines, no_scalars, tensorboard_scalars
+from robustav.training.method import Batch, Cost, Method, TrainingSet, Work
+from robustav.training.methods import parse_method
+from robustav.training.recipe import DECLARED, PRECISIONS, Recipe, scores_of
+
+WEIGHTS, CARD, LOG = "model.safetensors", "card.json", "log.csv"
+STATES = "state-*.pt"
+SHOWN = 5  # clips that an error names, reasons that a card gives
+VALIDATED = 32  # clips at a time
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training: its folder, and the card that says how it was made, what it scores and what it cost."""
+
+    folder: Path
+    card: Mapping[str, Any]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Of the weights kept, on the validation clips; empty without any."""
+        return self.card["scores"]
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """Passes, seconds and memory that the training took."""
+        return self.card["cost"]
+
+    def model(self) -> Classifier:
+        """The trained model, in eval mode."""
+        return load_trained(self.folder)
+
+
+def train(
+    recipe: Recipe,
+    folder: Path | str,
+    *,
+    device: str = "auto",
+    devices: int = 1,
+    tensorboard: bool = False,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train what `recipe` says; `folder` gets `model.safetensors`, `card.json` and `log.csv`.
+
+    A training that was killed goes on after the last epoch that it finished, and ends with the same weights, byte for
+    byte on a CPU. A finished one returns at once. Under torchrun, or with `devices` above 1, each process works on its
+    share of every batch. Raises `ValueError` for a folder that holds anything else, and, with the step and the clips,
+    for a loss or a gradient that is not finite.
+    """
+    folder = Path(folder)
+    if (done := _finished(recipe, folder)) is not None:
+        return done
+    fabric = _launched(device, devices, recipe.precision)
+    method = parse_method(recipe.method)
+    training = _Training(recipe, method, folder, fabric, progress)
+    scalars = tensorboard_scalars(folder, training.work.step) if tensorboard and fabric.is_global_zero else no_scalars
+    work = training.work
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        while work.epoch < work.epochs and not training.stopped:
+            with training.epoch(scalars):
+                method.begin_epoch(work)
+                for batch in training.batches():
+                    training.done(method.train_step(work, batch))
+        return training.finish()
+
+
+def load_trained(folder: Path | str) -> Classifier:
+    """The model that `train` left in a folder, in eval mode, wrapped as its method wraps it."""
+    card = read_trained(folder)
+    recipe = replace(Recipe(**card["recipe"]), checkpoint=None)  # that file is not needed any more
+    model = _initial(recipe, parse_method(recipe.method))
+    path = Path(folder) / WEIGHTS
+    load_into(model, read_checkpoint(path), str(path))
+    return model.eval()
+
+
+def read_trained(folder: Path | str) -> dict[str, Any]:
+    """The card of a finished training; raises `ValueError` if there is none, or if it belongs to other weights."""
+    path = Path(folder) / CARD
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no trained model: give the folder that `robustav train` wrote")
+    card = json.loads(path.read_bytes())
+    if "sha256" not in card:
+        raise ValueError(f"the training in {folder} is not finished: the command that began it goes on where it was")
+    if digest_of_file(path.with_name(WEIGHTS)) != card["sha256"]:
+        raise ValueError(f"{path.with_name(WEIGHTS)} is not the file that its card describes: train again")
+    return card
+
+
+def _finished(recipe: Recipe, folder: Path) -> Trained | None:
+    """What a finished folder holds, None if there is something to do; raises `ValueError` for a folder of another recipe."""
+    path = folder / CARD
+    if not path.is_file():
+        if folder.exists() and not (folder.is_dir() and all(file.name.startswith(".") for file in folder.iterdir())):
+            what = "holds other files" if folder.is_dir() else "is a file"
+            raise ValueError(f"{folder} {what}: choose another --out, a new or an empty folder")
+        return None
+    before = json.loads(path.read_bytes())
+    if different := recipe.differences(before["recipe"]):
+        raise ValueError(
+            f"{folder} holds another training; they differ in {', '.join(different)}: choose another --out"
+        )
+    if "sha256" not in before:
+        return None
+    for left in folder.glob(STATES):
+        left.unlink(missing_ok=True)
+    return Trained(folder, read_trained(folder))
+
+
+def _launched(device: str, devices: int, precision: str) -> Fabric:
+    """Fabric on this process's device, as many processes as torchrun or `devices` says."""
+    chosen = pick_device(device)
+    if devices < 1:
+        raise ValueError(f"`devices` must be at least 1, got {devices}")
+    elastic = is_torchelastic_launched()
+    here, everywhere = (int(os.environ[n]) if elastic else devices for n in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    fabric = Fabric(
+        accelerator=chosen.type,
+        devices=[chosen.index] if everywhere == 1 and chosen.index is not None else here,
+        num_nodes=max(1, everywhere // here),
+        strategy="auto" if everywhere == 1 else "ddp",
+        precision=PRECISIONS[precision],  # type: ignore[arg-type]
+    )
+    fabric.launch()
+    return fabric
+
+
+def _initial(recipe: Recipe, method: Method) -> Classifier:
+    """The model before its first step; the seed decides its weights, and no global generator moves."""
+    with seeded(recipe.seed, "weights"):
+        model = load_model(recipe.model, recipe.checkpoint)[0] if recipe.checkpoint else build_model(recipe.model)
+        return method.wrapped(model)
+
+
+class _Training:
+    """A training in progress, and what of it is on disk."""
+
+    def __init__(self, recipe: Recipe, method: Method, folder: Path, fabric: Fabric, progress: Progress | None) -> None:
+        self.recipe, self.method, self.folder, self.fabric, self.progress = recipe, method, folder, fabric, progress
+        model = _initial(recipe, method)
+        method.check(model)
+        self.score = recipe.declared_score(model.label_kind)
+        budgets = recipe.budgets(model)
+        given: dict[str, Any] = {"seed": recipe.seed, "progress": progress}
+        self.data = training_set(recipe.data, model, limit=recipe.limit, **given)
+        self.validation = training_set(recipe.validates, model, **given) if recipe.validates else None
+        if self.validation is not None and not self.validation.targets.any():
+            raise ValueError(f"`validation` must have clips with labels, got none in {self.validation.name}")
+        batches = len(self.data.targets) // recipe.batch_size
+        if batches == 0 or recipe.batch_size % fabric.world_size:
+            raise ValueError(
+                f"`batch_size` must be at most the {len(self.data.targets)} clips that there are to train on, and shared "
+                f"equally by {fabric.world_size} processes, got {recipe.batch_size}"
+            )
+        self.identity = self._identity(model)
+        model.to(fabric.device).train()
+        averaged = copy.deepcopy(model).eval().requires_grad_(False)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(recipe, self.parameters)
+        steps = recipe.epochs * batches
+        generator = torch.Generator()
+        self.work = Work(model, averaged, self.data, budgets, generator, recipe.epochs, steps, self._apply)
+        augmentation, specs = parse_augmentation(recipe.augment), self.data.specs
+        self.work.augment = lambda inputs: augmentation(inputs, specs, generator)
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Any] = {"score": -1.0, "epoch": -1, "weights": {}}
+        self.seconds, self.peak, self.stopped, self.begun = 0.0, 0.0, False, False
+        self.losses: list[float] = []  # of this epoch, a step each
+        self.norms: list[float] = []  # of gradients, an update each
+        self.current: Tensor = torch.zeros(0, dtype=torch.long)  # rows of the batch
+        self._begin()
+
+    def _identity(self, model: Classifier) -> dict[str, Any]:
+        """What must be the same for a killed training to go on."""
+        sets = {"train": self.data, "validation": self.validation}
+        return {
+            "recipe": asdict(self.recipe),
+            "method": repr(self.method),
+            "initial_weights": digest_of_model(model),
+            "data": {name: _described(found) for name, found in sets.items() if found is not None},
+            "processes": self.fabric.world_size,
+            "device": self.fabric.device.type,
+        }
+
+    def _begin(self) -> None:
+        """Write the card, or go on where a killed training stopped."""
+        path = self.folder / CARD
+        if path.exists():
+            before = json.loads(path.read_bytes())
+            if different := [
+                key for key in self.identity if before.get(key) != json.loads(json.dumps(self.identity[key]))
+            ]:
+                raise ValueError(
+                    f"{self.folder} holds a training that began otherwise; they differ in {', '.join(different)}: choose "
+                    "another --out"
+                )
+        self.fabric.barrier()
+        if self.fabric.is_global_zero:
+            write_atomically(path, _json(self.identity))
+        if (state := self._state()) is not None:
+            self._resume(state)
+
+    def batches(self) -> Iterator[Batch]:
+        """The clips of this epoch, this process's share of them, augmented, on the device."""
+        draws = draw_for(self.recipe.seed, "order", str(self.work.epoch))
+        order = order_of(self.data.targets, self.recipe.balanced, draws)
+        fabric, work = self.fabric, self.work
+        for rows in batches_of(order, self.recipe.batch_size, fabric.global_rank, fabric.world_size):
+            self.current = rows
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.recipe.rate(work.step, work.steps)
+            inputs = {m: x.to(fabric.device) for m, x in self.data.inputs(rows).items()}
+            work.cost.clips += len(rows)
+            yield Batch(work.augment(inputs), self.data.targets[rows].to(fabric.device), rows)
+
+    def _apply(self, loss: Tensor, before_step: Callable[[], None] | None) -> None:
+        """One update: gradients averaged over processes, clipped, a step, and the running mean follows."""
+        self._refuse_unless_finite(loss, "loss")
+        with torch.autocast(self.fabric.device.type, enabled=False):
+            self.optimizer.zero_grad()
+            self.fabric.backward(loss)
+            self._average_gradients()
+            if before_step is not None:
+                before_step()
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm or float("inf"))
+            self._refuse_unless_finite(norm, "gradient")
+            self.norms.append(norm.item())
+            self.optimizer.step()
+            follow(
+                self.work.averaged, self.work.model, min(self.recipe.ema, (1 + self.work.step) / (10 + self.work.step))
+            )
+
+    def _refuse_unless_finite(self, value: Tensor, what: str) -> None:
+        if not value.isfinite():
+            clips = [self.data.ids[row] for row in self.current.tolist()]
+            more = f" and {len(clips) - SHOWN} more" if len(clips) > SHOWN else ""
+            raise ValueError(
+                f"the {what} of step {self.work.step + 1} (epoch {self.work.epoch + 1}) is {value.item()}, with the clips "
+                f"{', '.join(clips[:SHOWN])}{more}: lower `learning_rate`, set `clip_norm`, or look at those clips"
+            )
+
+    def _average_gradients(self) -> None:
+        # By hand and not by a wrapper round the model, so that methods may call its stages, as often as they like.
+        if self.fabric.world_size == 1:
+            return
+        moving = [(p, p.grad) for p in self.parameters if p.grad is not None]  # the same ones in every process
+        flat = torch.cat([gradient.flatten() for _, gradient in moving])
+        self.fabric.all_reduce(flat, reduce_op="mean")
+        for (parameter, _), gradient in zip(moving, flat.split([p.numel() for p, _ in moving]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+
+    def done(self, loss: Tensor) -> None:
+        """Count a step."""
+        self.losses.append(loss.item())
+        self.work.step += 1
+        if self.progress and self.fabric.is_global_zero:
+            self.progress("training", self.work.step, self.work.steps)
+
+    @contextmanager
+    def epoch(self, scalars: Scalars) -> Iterator[None]:
+        """Around the steps of one epoch: its own random draws, so that a killed training can repeat it; then its scores."""
+        work, fabric = self.work, self.fabric
+        purpose = ("epoch", str(work.epoch), str(fabric.global_rank))
+        work.generator.manual_seed(draw_for(self.recipe.seed, *purpose).initial_seed())
+        self.losses, self.norms, self.current = [], [], self.current[:0]
+        work.model.train()
+        began = time.perf_counter()
+        if fabric.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(fabric.device)
+        with seeded(self.recipe.seed, *purpose), fabric.autocast():
+            if not self.begun:
+                self.method.begin(work)
+                self.begun = True
+            yield
+        self._average_buffers()
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        self.peak = max(self.peak, peak_memory(fabric.device))
+        loss, norm, clips, forwards, backwards = self._over_processes(
+            mean(self.losses), mean(self.norms or [0.0]), work.cost.clips, work.cost.forwards, work.cost.backwards
+        )
+        line = {"epoch": work.epoch + 1, "step": work.step, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        line |= {"loss": loss / fabric.world_size, "gradient_norm": norm / fabric.world_size}
+        line |= {"clips": int(clips), "forwards": int(forwards), "backwards": int(backwards), "seconds": seconds}
+        line |= self._validated()
+        line |= {key: value.item() for key, value in work.memory.items() if value.ndim == 0}
+        self.history.append(line)
+        work.epoch += 1
+        self._judge(line)
+        self._save()
+        if fabric.is_global_zero:
+            write_atomically(self.folder / LOG, log_lines(self.history))
+            scalars(line)
+
+    def _judge(self, line: Mapping[str, float]) -> None:
+        """Remember the best weights; stop where nothing gets better, or where the method has enough."""
+        recipe = self.recipe
+        if self.validation is not None and line[self.score] > self.best["score"]:
+            weights = _copied(self.work.averaged) if recipe.keep == "best" else {}
+            self.best = {"score": line[self.score], "epoch": self.work.epoch, "weights": weights}
+        out_of_patience = recipe.patience > 0 and self.work.epoch - self.best["epoch"] >= recipe.patience
+        (enough,) = self._over_processes(self.method.finished(self.work))
+        self.stopped = out_of_patience or enough > 0
+
+    def _validated(self) -> dict[str, float]:
+        """Scores of the averaged weights, each process on its share of the clips."""
+        if self.validation is None:
+            return {}
+        fabric, targets = self.fabric, self.validation.targets
+        logits = torch.zeros(len(targets), targets.shape[1], device=fabric.device)
+        mine = torch.arange(len(targets))[fabric.global_rank :: fabric.world_size]
+        with torch.no_grad(), seeded(self.recipe.seed, "validation"):
+            for rows in mine.split(VALIDATED):
+                inputs = {m: x.to(fabric.device) for m, x in self.validation.inputs(rows).items()}
+                logits[rows.to(fabric.device)] = self.work.averaged(inputs).float()
+        fabric.all_reduce(logits, reduce_op="sum")
+        return scores_of(logits.cpu(), targets, self.work.model.label_kind)
+
+    def _average_buffers(self) -> None:
+        """Statistics of batch norms are each process's own until here."""
+        if self.fabric.world_size == 1:
+            return
+        for buffer in [*self.work.model.buffers(), *self.work.averaged.buffers()]:
+            if buffer.is_floating_point():
+                self.fabric.all_reduce(buffer, reduce_op="mean")
+
+    def _over_processes(self, *values: float) -> list[float]:
+        """Sums."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.fabric.device)
+        self.fabric.all_reduce(total, reduce_op="sum")
+        return total.tolist()
+
+    def _save(self) -> None:
+        """Everything that the next epoch depends on, a file a process; then the one before is of no use."""
+        work = self.work
+        state = {
+            "model": work.model.state_dict(),
+            "averaged": work.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "memory": work.memory,
+            "cost": asdict(work.cost),
+            "epoch": work.epoch,
+            "step": work.step,
+            "history": self.history,
+            "best": self.best,
+            "seconds": self.seconds,
+            "peak": self.peak,
+            "stopped": self.stopped,
+        }
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_atomically(self._state_path(work.epoch), content.getvalue())
+        self.fabric.barrier()
+        self._forget(work.epoch)
+
+    def _forget(self, up_to: int) -> None:
+        """Remove this process's states before an epoch."""
+        for epoch in range(up_to):
+            self._state_path(epoch).unlink(missing_ok=True)
+
+    def _state_path(self, epoch: int, rank: int | None = None) -> Path:
+        rank = self.fabric.global_rank if rank is None else rank
+        return self.folder / STATES.replace("*", f"{epoch:05d}-{rank}")
+
+    def _state(self) -> dict[str, Any] | None:
+        """This process's state after the last epoch that all processes have finished."""
+        for epoch in range(self.recipe.epochs, 0, -1):
+            if all(self._state_path(epoch, rank).exists() for rank in range(self.fabric.world_size)):
+                return torch.load(self._state_path(epoch), weights_only=True)
+        return None
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        work = self.work
+        work.model.load_state_dict(state["model"])
+        work.averaged.load_state_dict(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        work.memory, work.cost = state["memory"], Cost(**state["cost"])
+        work.epoch, work.step, self.history, self.best = state["epoch"], state["step"], state["history"], state["best"]
+        self.seconds, self.peak, self.stopped, self.begun = state["seconds"], state["peak"], state["stopped"], True
+
+    def finish(self) -> Trained:
+        """Write weights and card, and remove what only a killed training needs."""
+        (peak,) = self._over_processes(self.peak)
+        if self.fabric.is_global_zero:
+            best = self.recipe.keep == "best"
+            write_atomically(self.folder / WEIGHTS, save(self.best["weights"] if best else _copied(self.work.averaged)))
+            write_atomically(self.folder / CARD, _json({**self.identity, **self._card(peak)}))
+        self.fabric.barrier()
+        self._forget(self.work.epochs + 1)
+        return Trained(self.folder, read_trained(self.folder))
+
+    def _card(self, peak: float) -> dict[str, Any]:
+        """What there is to say of a finished training beside its identity."""
+        work, recipe, last = self.work, self.recipe, self.history[-1]
+        epoch = self.best["epoch"] if recipe.keep == "best" else work.epoch
+        kept = f"best by {self.score}" if recipe.keep == "best" else "last"
+        cost = Cost(*(int(last[name]) for name in ("clips", "forwards", "backwards")))
+        names = DECLARED[work.model.label_kind] if self.validation else ()
+        return {
+            "sha256": digest_of_file(self.folder / WEIGHTS),
+            "weights": f"{kept}, epoch {epoch} of {recipe.epochs}"
+            + (f", running mean of decay {recipe.ema:g}" if recipe.ema else ""),
+            "parameters": sum(p.numel() for p in work.model.parameters()),
+            "label_kind": work.model.label_kind,
+            "budgets": {m: budget.words(work.model.specs[m].unit) for m, budget in work.budgets.items()},
+            "scores": {name: self.history[epoch - 1][name] for name in names},
+            "cost": {
+                **asdict(cost),
+                "forwards_a_clip": cost.forwards_a_clip,
+                "backwards_a_clip": cost.backwards_a_clip,
+                "seconds": round(self.seconds, 2),  # without validation and saving
+                "peak_memory_mib": round(peak),
+                "peak_memory_of": "tensors on the GPU"
+                if self.fabric.device.type == "cuda"
+                else "the process, with its data",
+            },
+            "versions": {
+                "robustav": robustav.__version__,
+                "torch": torch.__version__,
+                "lightning-fabric": version("lightning-fabric"),
+                "python": platform.python_version(),
+            },
+        }
+
+
+def follow(averaged: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move the running mean of weights and of batch norms' statistics towards the model; decay 0 copies it."""
+    pairs = zip([*averaged.parameters(), *averaged.buffers()], [*model.parameters(), *model.buffers()], strict=True)
+    with torch.no_grad():
+        for mean_of, now in pairs:
+            if now.is_floating_point():
+                mean_of.lerp_(now, 1 - decay)
+            else:
+                mean_of.copy_(now)
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB of tensors on a GPU since its statistics were reset; elsewhere the largest that this process has been."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not there on Windows
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Biases, gains and other vectors are not decayed."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, recipe.learning_rate, momentum=recipe.momentum)
+    return torch.optim.AdamW(groups, recipe.learning_rate)
+
+
+def _described(data: TrainingSet) -> dict[str, Any]:
+    """What a card says of clips."""
+    skipped = getattr(data, "skipped", {})
+    shown = {"skipped": len(skipped), "reasons": dict(list(skipped.items())[:SHOWN])} if skipped else {}
+    return {"name": data.name, "sha256": data.digest, "clips": len(data.targets), **shown}
+
+
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    """Its weights as safetensors takes them: on the CPU, no two in one memory."""
+    return {name: x.detach().cpu().clone().contiguous() for name, x in model.state_dict().items()}
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
