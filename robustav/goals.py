@@ -177,20 +177,10 @@ class Untargeted(Goal):
 
 
 @dataclass(frozen=True)
-class Steered(Goal):
-    """A goal pursued by way of another loss: success is still the goal's.
-
-    `value(logits, labels)` is the loss, or `value(logits, labels, aim)` where each clip has a class to aim at, [batch].
-    Made by `ThreatModel.steered`; for attacks that choose their own loss, never for judging.
-    """
+class Around(Goal):
+    """A goal pursued by way of another loss: success is still the goal's. For climbing, never for judging."""
 
     goal: Goal = field(default_factory=lambda: Untargeted())
-    value: Callable[..., Tensor] = bce
-    aim: Tensor | None = None
-
-    def loss(self, trace: Trace, labels: Tensor) -> Tensor:
-        away = self.goal.against(labels)
-        return self.value(trace.logits, away) if self.aim is None else self.value(trace.logits, away, self.aim)
 
     def reached(self, trace: Trace, labels: Tensor) -> Tensor:
         return self.goal.reached(trace, labels)
@@ -209,7 +199,26 @@ class Steered(Goal):
         return replace(self, goal=self.goal.learned(logits, labels))
 
     def at(self, rows: Tensor) -> "Goal":
-        return replace(self, goal=self.goal.at(rows), aim=None if self.aim is None else self.aim[rows])
+        return replace(self, goal=self.goal.at(rows))
+
+
+@dataclass(frozen=True)
+class Steered(Around):
+    """A goal pursued by way of another loss of the logits.
+
+    `value(logits, labels)` is the loss, or `value(logits, labels, aim)` where each clip has a class to aim at, [batch].
+    Made by `ThreatModel.steered`, for attacks that choose their own loss.
+    """
+
+    value: Callable[..., Tensor] = bce
+    aim: Tensor | None = None
+
+    def loss(self, trace: Trace, labels: Tensor) -> Tensor:
+        away = self.goal.against(labels)
+        return self.value(trace.logits, away) if self.aim is None else self.value(trace.logits, away, self.aim)
+
+    def at(self, rows: Tensor) -> "Goal":
+        return replace(super().at(rows), aim=None if self.aim is None else self.aim[rows])  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)

@@ -390,6 +390,17 @@ def test_scores_are_those_of_each_run_s_own_report(finished, reported):
                 assert (max(ends.low, 0), min(ends.high, 1)) == pytest.approx((row["mAP_low"], row["mAP_high"]))
 
 
+def test_chance_is_what_a_model_scores_that_tells_no_clip_from_another(finished, reported):
+    out, (report, results) = finished[0], reported
+    clean = Ledger(out / "both/erm/0/quick").read("clean")
+    counts = np.bincount(np.concatenate(clean["labels"].to_list()), minlength=3)
+    assert results.scores["quick"].chance == pytest.approx(counts[counts > 0].mean() / len(clean))
+    assert results.scores["search"].chance == pytest.approx(
+        np.bincount(np.concatenate(Ledger(out / "both/erm/0/search").read("clean")["labels"].to_list())).max() / 12
+    )
+    assert any(f"a mAP of {results.scores['quick'].chance:.3f} on these clips" in note for note in report.notes)
+
+
 def test_a_search_that_spares_broken_clips_is_reported_by_hits(reported):
     _, results = reported
     assert results.scores["search"].headline == "top1"
@@ -589,7 +600,7 @@ def synthetic(scores, *, methods=("erm", "at"), epsilon="0.02", clips=100, right
     hits = {key: {seed: np.ones(clips, dtype=bool) for seed in s.seeds} for key, s in places.items()}
     hits |= {(m, t, WORST if a else "clean", Where(a, e)): r for (m, t, a, e), r in (right or {}).items()}
     found = {("mAP", key): s for key, s in places.items()}
-    made = Scores("quick", "mAP", clips, found, hits, tuple(f"clip {i}" for i in range(clips)), {})
+    made = Scores("quick", "mAP", clips, found, hits, tuple(f"clip {i}" for i in range(clips)), {}, 0.2)
     experiment = replace(
         parse_recipe({**GIVEN, "methods": dict.fromkeys(methods, "erm")}),
         models=MODELS, methods=methods, baseline="erm", reference="at", epsilon=epsilon,
@@ -708,7 +719,7 @@ def test_a_second_evaluation_is_read_on_the_clips_that_both_looked_at():
     held = np.arange(100) < 50
     first.hits[place].update({0: held, 1: held})
     other = Scores(
-        "search", "top1", 3, {}, {place: {1: np.array([True, False, True])}}, ("clip 9", "clip 49", "clip 60"), {}
+        "search", "top1", 3, {}, {place: {1: np.array([True, False, True])}}, ("clip 9", "clip 49", "clip 60"), {}, 0.2
     )
     tables = tables_of(replace(results, scores={"quick": first, "search": other}))
     (grid,) = second_opinions(tables)

@@ -127,9 +127,15 @@ def test_bad_options_are_one_sentence(arguments: list[str], message: str, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_must_be_named() -> None:
-    refused = run()
-    assert refused.exit_code == 2 and "--out" in refused.output
+def test_a_folder_is_named_after_everything_that_decides_the_weights(tiny: None, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for method in ("pgd-at(steps=2)", "erm"):
+        made = run(*SHORT, "--method", method)
+        assert made.exit_code == 0, made.output
+    first, second = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert first.startswith("av-fusion-erm-") and second.startswith("av-fusion-pgd-at_steps_2-")
+    run(*SHORT, "--method", "erm", "--seed", "1")
+    assert len(list((tmp_path / "runs").iterdir())) == 3
 
 
 PROCESSES = """

@@ -26,7 +26,10 @@ def _methods(incomplete: str) -> list[str]:
 def train(
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the training. The same command goes on where it was stopped.", show_default=False),
+        typer.Option(
+            help="Folder of the training; default runs/MODEL-METHOD-DIGEST. The same command goes on where it was stopped.",
+            show_default=False,
+        ),
     ] = None,
     model: Annotated[
         str,
@@ -139,8 +142,6 @@ def train(
     if list_:
         _print_methods(json)
         return
-    if out is None:
-        raise typer.BadParameter("name a folder for weights, card and log", param_hint="--out")
     from robustav.training.loop import train as run
     from robustav.training.recipe import Recipe
 
@@ -172,6 +173,7 @@ def train(
         patience=patience,
         keep=keep,
     )
+    out = out or Path("runs") / recipe.name
     try:
         with Bars(ERRORS) as bars:
             trained = run(

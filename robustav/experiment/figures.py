@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -17,6 +18,7 @@ from robustav.metrics.intervals import FEW_CLIPS, Interval
 from robustav.report.figures import THEME
 
 MARKERS = "osD^vP*X<>hp"
+CHANCE: dict[str, Any] = {"color": "0.3", "lw": 1, "ls": ":", "label": "chance"}
 MODES = {"": "0.55", "audio": "C0", "visual": "C2", "audio+visual": "C3"}
 
 
@@ -52,7 +54,15 @@ def by_cost(tables: Tables) -> Figure:
         axis.set(title=model, xscale="log", xlabel=f"passes, times {results.experiment.baseline}'s")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_locator(NullLocator())
-        low, high = axis.get_xlim()
+        axis.axhline(tables.scores.chance, **CHANCE)
+    prices = [
+        cost.passes / plain.passes
+        for (model, _), cost in results.costs.items()
+        if (plain := results.costs.get((model, results.experiment.baseline))) is not None
+    ]
+    low, high = min(prices, default=1) / 1.3, max(prices, default=1) * 1.3
+    for axis in axes:
+        axis.set_xlim(low, high)
         axis.set_xticks([tick for tick in (0.5, 1, 2, 4, 8, 16, 32, 64) if low <= tick <= high])
     axes[0].set_ylim(bottom=0)  # of all panels, once everything is drawn
     return _finished(figure, axes, f"{tables.scores.headline}, all modalities attacked, epsilon {tables.epsilon}")
@@ -61,8 +71,8 @@ def by_cost(tables: Tables) -> Figure:
 def by_mode(tables: Tables) -> Figure:
     """Clean and under each attack mode, a line a method."""
     results = tables.results
-    figure, axes, models = _panels(results, width=2.7, height=0.26 * len(results.experiment.methods) + 1.0, lines=1)
-    methods = [m for m in results.experiment.methods if any((model, m) in results.costs for model in models)]
+    methods = [m for m in results.experiment.methods if any(method == m for _, method in results.costs)]
+    figure, axes, models = _panels(results, width=2.7, height=0.26 * len(methods) + 1.0, lines=1)
     for axis, model in zip(axes, models, strict=True):
         sets = ["", *dict.fromkeys(w.attacked for w in tables.scores.places(model) if w.epsilon == tables.epsilon)]
         for offset, attacked in zip(np.linspace(-0.24, 0.24, len(sets)), sets, strict=True):
@@ -77,6 +87,7 @@ def by_mode(tables: Tables) -> Figure:
             title=model, xlim=(0, 1), yticks=range(len(methods)), yticklabels=methods, xlabel=tables.scores.headline
         )
         axis.set_ylim(len(methods) - 0.5, -0.5)
+        axis.axvline(tables.scores.chance, **CHANCE)
     return _finished(figure, axes, "", f"clean and under attack at epsilon {tables.epsilon}")
 
 
@@ -92,6 +103,7 @@ def by_epsilon(tables: Tables) -> Figure:
             colour, marker = looks[method]
             x, y = [i for i, _ in found], [score.mean for _, score in found]
             axis.plot(x, y, marker=marker, color=colour, ms=4, lw=1.2, label=method)
+        axis.axhline(tables.scores.chance, **CHANCE)
         ticks = ["0", *(where.epsilon for where in places[1:])]
         axis.set(title=model, xlabel="epsilon", ylim=(0, 1), xticks=range(len(places)))
         axis.set_xticklabels(ticks, rotation=0 if all(np.isfinite(number_of(t)) for t in ticks) else 30)
@@ -145,6 +157,7 @@ def _finished(figure: Figure, axes: Sequence[Axes], label: str, title: str = "")
     """One legend for all panels, each entry once."""
     axes[0].set_ylabel(label)
     handles = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    handles[CHANCE["label"]] = handles.pop(CHANCE["label"])  # last
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize="small", frameon=False)
     if title:
         figure.suptitle(title, fontsize="medium")

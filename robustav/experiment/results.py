@@ -118,6 +118,7 @@ class Scores:
     hits: Mapping[Key, Mapping[int, Bool[np.ndarray, " clip"]]]  # by seed
     ids: tuple[str, ...]
     about: Mapping[str, str]
+    chance: float  # the headline score of a model that tells no clip from another
 
     def get(self, model: str, method: str, where: Where, row: str = WORST, score: str = "") -> Sampled | None:
         """The headline score unless told, under the worst case; None where it is not there or not valid."""
@@ -161,7 +162,9 @@ def scores_of(name: str, judged: Sequence[Judged]) -> Scores:
         points, resampled = (np.array(values) for values in zip(*by_seed.values(), strict=True))
         found[score, key] = Sampled(tuple(by_seed), points, resampled, rate=score == "top1")
     ids = tuple(clip for clip, counts in zip(first.clips, labelled, strict=True) if counts)
-    return Scores(name, first.headline, len(first.clips), found, hits, ids, first.about)
+    shares = first.labels[:, first.labels.any(0)].mean(0)
+    chance = float(shares.mean() if first.headline == "mAP" else first.labels[labelled].mean(0).max(initial=0.0))
+    return Scores(name, first.headline, len(first.clips), found, hits, ids, first.about, chance)
 
 
 class Cost(NamedTuple):

@@ -119,6 +119,8 @@ def _notes(tables: Tables) -> list[str]:
         f"{tables.scores.headline} ± its standard deviation over the training seeds; in brackets 95 % intervals of the mean, "
         f"bootstrap over clips and seeds ({RESAMPLES} resamples, the same for all, so that differences are paired). With "
         "three seeds their own part of an interval is too narrow.",
+        f"A model that tells no clip from another has a {tables.scores.headline} of {tables.scores.chance:.3f} on these clips: "
+        "scores about there or below are of no use, whatever share of a gap they close.",
         "Worst case: for each clip the attack, among those at this epsilon that touch no more than it, clean included, that "
         "costs the hit, and of those the one with the largest loss; then the score over all clips. Robust scores are upper "
         "bounds: a stronger attack may lower them.",

@@ -80,7 +80,7 @@ def load_model(
         _known(asked)
         card = read_trained(rest)
         model = load_trained(rest)
-        about |= {"summary": f"{card['recipe']['model']}, {card['method']}", "card": card}
+        about |= {"summary": f"{card['recipe']['model']}, {card['method']}", "training": card}
         about |= {"checkpoint": WEIGHTS, "checkpoint_sha256": card["sha256"]}
     elif ":" in asked.name:
         _known(asked)

@@ -1,13 +1,15 @@
 """What a training is, in the words of the command line: everything that decides its weights, beside code and device."""
 
 import math
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 from torch import Tensor
 
 from robustav.classifier import Classifier, LabelKind
+from robustav.ledger import digest_of
 from robustav.metrics.tagging import mean_average_precision, top1_hit
 from robustav.threat import Budget, parse_epsilons
 from robustav.training.augment import parse_augmentation
@@ -82,6 +84,12 @@ class Recipe:
         if self.validates is None and (self.patience or self.keep == "best" or self.score):
             name = "patience" if self.patience else "score" if self.score else "keep"
             raise ValueError(f"`{name}` needs a score on clips not trained on: name them with `validation`")
+
+    @property
+    def name(self) -> str:
+        """For a folder: model and method in short, and a digest of everything."""
+        short = re.sub(r"[^\w.-]+", "_", f"{self.model}-{self.method}").strip("._")
+        return f"{short}-{digest_of(asdict(self))[:8]}"
 
     @property
     def validates(self) -> str | None:

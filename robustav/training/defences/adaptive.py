@@ -10,8 +10,7 @@ from torch import Tensor
 from robustav.attacks import APGD, Attack, trait
 from robustav.attacks.ascent import Pursuit, look, merged
 from robustav.classifier import Classifier, Inputs, Trace
-from robustav.goals import Goal, Untargeted
-from robustav.losses import Logits
+from robustav.goals import Around, Goal
 from robustav.norms import Draws
 from robustav.threat import ThreatModel
 
@@ -24,33 +23,13 @@ def own_loss(trace: Trace, labels: Tensor, goal: Goal) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Detour(Goal):
-    """A goal pursued by way of a loss of the whole trace; success is still the goal's. For climbing, never for judging."""
+class Detour(Around):
+    """A goal pursued by way of a loss of the whole trace."""
 
-    goal: Goal = field(default_factory=Untargeted)
     way: Way = own_loss
 
     def loss(self, trace: Trace, labels: Tensor) -> Tensor:
         return self.way(trace, labels, self.goal)
-
-    def reached(self, trace: Trace, labels: Tensor) -> Tensor:
-        return self.goal.reached(trace, labels)
-
-    def words(self, classes: tuple[str, ...]) -> str:
-        return self.goal.words(classes)
-
-    def given(self, clean: Trace) -> "Goal":
-        return replace(self, goal=self.goal.given(clean))
-
-    @property
-    def needs_corpus(self) -> bool:
-        return self.goal.needs_corpus
-
-    def learned(self, logits: Logits, labels: Tensor) -> "Goal":
-        return replace(self, goal=self.goal.learned(logits, labels))
-
-    def at(self, rows: Tensor) -> "Goal":
-        return replace(self, goal=self.goal.at(rows))
 
 
 @dataclass(frozen=True)
