@@ -46,8 +46,11 @@ def kaldi_filters(fft: int, mels: int, low: float, high: float) -> Float[Tensor,
 def slaney_filters(fft: int, mels: int, low: float, high: float) -> Float[Tensor, "bin mel"]:
     """Triangles over frequency at equal steps of Slaney's mel scale, each of area 1 Hz: librosa's default."""
     low_mel, high_mel = hertz_to_slaney(low), hertz_to_slaney(high)
-    edges = slaney_to_hertz(torch.linspace(low_mel, high_mel, mels + 2, dtype=torch.float64))
-    return (triangles(frequencies(fft), edges) * 2 / (edges[2:] - edges[:-2])).float()
+    place = torch.get_default_device()  # numbers are made on the CPU, whatever the model is built on
+    with torch.device("cpu"):
+        edges = slaney_to_hertz(torch.linspace(low_mel, high_mel, mels + 2, dtype=torch.float64))
+        filters = (triangles(frequencies(fft), edges) * 2 / (edges[2:] - edges[:-2])).float()
+    return filters.to(place)
 
 
 def hertz_to_slaney(hertz: float) -> float:
