@@ -545,7 +545,10 @@ def test_safetensors_before_pickles_and_pickles_of_tensors_only(copy, monkeypatc
             return (folder.joinpath("ran").write_text, ("x",))
 
     torch.save({"x": Evil()}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin' holds more than tensors, and loading it could run code: save its state_dict"):
+    with pytest.raises(
+        ValueError,
+        match=r"pytorch_model.bin' holds more than tensors, and loading it could run code: save its state_dict",
+    ):
         from_directory(folder)
     assert not (folder / "ran").exists()
 
