@@ -778,7 +778,7 @@ def test_a_trained_folder_is_a_model_by_name(tiny: Tiny, tmp_path: Path) -> None
     model, about = load_model(f"trained:{tmp_path / 'a'}")
     assert digest_of_model(model) == digest_of_model(trained.model()) and not model.training
     assert torch.equal(torch.get_rng_state(), before)
-    assert about["summary"] == "av-fusion, ERM()" and about["card"]["scores"] == trained.scores
+    assert about["summary"] == "av-fusion, ERM()" and about["training"]["scores"] == trained.scores
     assert about["checkpoint_sha256"] == trained.card["sha256"]
     assert isinstance(load_model(f"trained:{tmp_path / 'a'}(at=features)")[0], AtFeatures)
     with pytest.raises(ValueError, match="has its own weights"):
