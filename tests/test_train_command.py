@@ -73,6 +73,7 @@ def test_every_option_reaches_the_recipe(tmp_path: Path, monkeypatch: pytest.Mon
         "checkpoint": "w.safetensors",
         "eps": "4/255",
         "norm": "l2",
+        "ramp": 0.375,
         "attacked": "audio",
         "epochs": 3,
         "batch_size": 5,

@@ -357,6 +357,14 @@ def test_learning_rates_rise_then_fall_along_a_cosine() -> None:
     assert Recipe(learning_rate=2.0, warmup=0.0).rate(0, steps) == 2.0
 
 
+def test_budgets_grow_over_the_ramp_and_are_whole_after_it() -> None:
+    recipe, steps = Recipe(ramp=0.25), 400
+    shares = [recipe.share(step, steps) for step in range(steps)]
+    assert shares[0] == pytest.approx(1 / 101) and set(shares[100:]) == {1.0}
+    assert all(a < b for a, b in itertools.pairwise(shares[:101]))
+    assert Recipe().share(0, steps) == 1.0
+
+
 def test_budgets_are_those_of_the_command_line() -> None:
     model = tiny_fusion()
     budgets = Recipe(eps="audio=0.002,visual=4/255").budgets(model)
@@ -602,6 +610,24 @@ def test_the_seed_decides_and_no_global_generator_moves(tiny: Tiny, tmp_path: Pa
 def test_each_setting_changes_the_weights(tiny: Tiny, tmp_path: Path, changes: dict) -> None:
     plain, other = train(short(), tmp_path / "a"), train(short(**changes), tmp_path / "b")
     assert bytes_of(plain.folder) != bytes_of(other.folder)
+
+
+def test_the_adversary_of_a_step_has_the_budget_of_the_ramp(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def watched(self: object, work: Work, batch: Batch) -> Tensor:
+        seen.append({m: budget.radius(batch.inputs[m]) for m, budget in work.budgets.items()})
+        return work.loss(work.trace(batch.inputs).logits, batch.targets)
+
+    monkeypatch.setattr(Method, "losses", watched)
+    recipe = short(eps="audio=0.01,visual=0.02", ramp=0.5)
+    trained = train(recipe, tmp_path / "a")
+    steps = len(seen)
+    assert [radii["audio"] for radii in seen] == pytest.approx([0.01 * recipe.share(s, steps) for s in range(steps)])
+    assert all(radii["visual"] == pytest.approx(2 * radii["audio"]) for radii in seen) and seen[0]["audio"] < 0.01
+    assert "0.01 amplitude" in trained.card["budgets"]["audio"]
 
 
 def test_momentum_is_that_of_sgd(tiny: Tiny, tmp_path: Path) -> None:

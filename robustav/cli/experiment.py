@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from robustav.cli.progress import Bars
-from robustav.cli.shared import ERRORS, FAILED_AUDIT, Format, Json, chosen_format
+from robustav.cli.shared import ERRORS, FAILED_AUDIT, Format, Json, chosen_format, shard_of
 
 FAILED = 1  # exit code where a training, an evaluation or a metric failed
 
@@ -92,11 +92,3 @@ def _refuse_unsound(conditions: Sequence[str]) -> None:
     if conditions:
         ERRORS.print(f"the audit failed in {len(conditions)} conditions: see the notes", style="bold red")
         raise typer.Exit(FAILED_AUDIT)
-
-
-def shard_of(text: str) -> tuple[int, int]:
-    """`0/4` as index and count."""
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise typer.BadParameter(f"must be I/N with I from 0 to N - 1, as in 0/4, got {text!r}", param_hint="--shard")
-    return int(index), int(count)

@@ -19,7 +19,7 @@ from robustav.cli.experiment import experiment
 from robustav.cli.metrics import metrics
 from robustav.cli.progress import Bars
 from robustav.cli.selftest import selftest
-from robustav.cli.shared import ERRORS, FAILED_AUDIT, Format, Json, chosen_format, models_by_name
+from robustav.cli.shared import ERRORS, FAILED_AUDIT, Format, Json, chosen_format, models_by_name, shard_of
 from robustav.cli.train import train
 
 app = typer.Typer(
@@ -188,7 +188,7 @@ def attack(
 ) -> None:
     """Attack a classifier and print a robustness report table."""
     chosen = chosen_format(format_, json)
-    settings: dict[str, Any] = {"shard": _pair(shard), "batch_size": _whole_or_auto(batch_size)}
+    settings: dict[str, Any] = {"shard": shard_of(shard), "batch_size": _whole_or_auto(batch_size)}
     from robustav.evaluation import Evaluation
     from robustav.harness import Settings
 
@@ -335,13 +335,6 @@ def _print_report(folders: list[Path], chosen: str | None, figures: bool) -> Non
 def _split(text: str) -> list[str]:
     """Names apart at commas, but not at those within brackets, as in `torchattacks:PGD(steps=5,alpha=0.1)`."""
     return [part.strip() for part in re.split(r",(?![^()]*\))", text) if part.strip()]
-
-
-def _pair(text: str) -> tuple[int, int]:
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise typer.BadParameter(f"must be I/N with I from 0 to N - 1, as in 0/4, got {text!r}", param_hint="--shard")
-    return int(index), int(count)
 
 
 def _whole_or_auto(text: str) -> int | None:

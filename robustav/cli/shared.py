@@ -43,3 +43,11 @@ def words_of(spec: "InputSpec") -> str:
     """An input's shape, unit and range."""
     rate = f" at {spec.sample_rate} Hz" if spec.sample_rate else ""
     return f"{list(spec.shape)}{rate}, {spec.unit} in [{spec.low:g}, {spec.high:g}]"
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """`0/4` as index and count."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise typer.BadParameter(f"must be I/N with I from 0 to N - 1, as in 0/4, got {text!r}", param_hint="--shard")
+    return int(index), int(count)

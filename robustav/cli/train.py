@@ -88,6 +88,9 @@ def train(
     norm: Annotated[
         str | None, typer.Option(rich_help_panel=ADVERSARY, help="linf (default), l2 or l1. An SNR is always l2.")
     ] = None,
+    ramp: Annotated[
+        float, typer.Option(rich_help_panel=ADVERSARY, help="Share of the steps over which that budget grows from 0.")
+    ] = 0.0,
     attacked: Annotated[
         str,
         typer.Option(
@@ -153,6 +156,7 @@ def train(
         checkpoint=None if checkpoint is None else str(checkpoint),
         eps=eps,
         norm=norm,
+        ramp=ramp,
         attacked=attacked,
         epochs=epochs,
         batch_size=batch_size,

@@ -139,9 +139,7 @@ def inputs_of(name: str) -> Classifier:
             return AtFeatures(_checked(entry.build(task), asked.name)).eval()
         return _checked(weightless(entry, task), asked.name)
     if kind == "timm" and rest:
-        from robustav.models.timm_models import from_timm
-
-        return from_timm(rest, **_known(asked, *OF_TIMM))
+        return _from_timm(asked, rest)
     return load_model(name)[0]
 
 

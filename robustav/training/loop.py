@@ -173,7 +173,7 @@ class _Training:
         model = _initial(recipe, method)
         method.check(model)
         self.score = recipe.declared_score(model.label_kind)
-        budgets = recipe.budgets(model)
+        self.budgets = recipe.budgets(model)
         given: dict[str, Any] = {"seed": recipe.seed, "progress": progress}
         self.data = training_set(recipe.data, model, limit=recipe.limit, **given)
         self.validation = training_set(recipe.validates, model, **given) if recipe.validates else None
@@ -192,7 +192,7 @@ class _Training:
         self.optimizer = _optimizer(recipe, self.parameters)
         steps = recipe.epochs * batches
         generator = torch.Generator()
-        self.work = Work(model, averaged, self.data, budgets, generator, recipe.epochs, steps, self._apply)
+        self.work = Work(model, averaged, self.data, self.budgets, generator, recipe.epochs, steps, self._apply)
         augmentation, specs = parse_augmentation(recipe.augment), self.data.specs
         self.work.augment = lambda inputs: augmentation(inputs, specs, generator)
         self.history: list[dict[str, float]] = []
@@ -242,6 +242,8 @@ class _Training:
             self.current = rows
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.rate(work.step, work.steps)
+            share = self.recipe.share(work.step, work.steps)
+            work.budgets = {m: budget.scaled(share) for m, budget in self.budgets.items()}
             inputs = {m: x.to(fabric.device) for m, x in self.data.inputs(rows).items()}
             work.cost.clips += len(rows)
             yield Batch(work.augment(inputs), self.data.targets[rows].to(fabric.device), rows)
@@ -435,7 +437,7 @@ class _Training:
             + (f", running mean of decay {recipe.ema:g}" if recipe.ema else ""),
             "parameters": sum(p.numel() for p in work.model.parameters()),
             "label_kind": work.model.label_kind,
-            "budgets": {m: budget.words(work.model.specs[m].unit) for m, budget in work.budgets.items()},
+            "budgets": {m: budget.words(work.model.specs[m].unit) for m, budget in self.budgets.items()},
             "scores": {name: self.history[epoch - 1][name] for name in names},
             "cost": {
                 **asdict(cost),

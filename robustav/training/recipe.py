@@ -42,6 +42,7 @@ class Recipe:
     checkpoint: str | None = None  # weights to start from
     eps: str = "0.01"  # of the adversary in training, as in `robustav attack`; of methods that have one
     norm: str | None = None
+    ramp: float = 0.0  # share of all steps over which that budget grows from nothing to the whole
     attacked: str = ""  # "audio", "audio+visual", "both"; empty: every modality that `eps` covers
     epochs: int = 14
     batch_size: int = 32  # of all processes together
@@ -73,7 +74,7 @@ class Recipe:
             self._within(name, 0, math.inf, low_too=False)
         for name in ("weight_decay", "clip_norm", "patience"):
             self._within(name, 0, math.inf)
-        for name in ("warmup", "ema", "momentum"):
+        for name in ("warmup", "ramp", "ema", "momentum"):
             self._within(name, 0, 1)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"`limit` must be at least 1, got {self.limit}: leave it out for all clips")
@@ -126,6 +127,11 @@ class Recipe:
             return self.learning_rate * (step + 1) / (math.floor(rising) + 1)
         falling = (step - rising) / max(1.0, steps - rising)
         return self.learning_rate * ((1 + math.cos(math.pi * falling)) / 2 if self.cosine else 1)
+
+    def share(self, step: int, steps: int) -> float:
+        """How much of the adversary's budget a step has, counted from 0, of `steps` in all."""
+        rising = self.ramp * steps
+        return (step + 1) / (math.floor(rising) + 1) if step < rising else 1.0
 
     def differences(self, other: dict[str, object]) -> list[str]:
         """In words, what another recipe's fields say that these do not."""
