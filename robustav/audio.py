@@ -1,6 +1,7 @@
 """Differentiable audio front ends: from batches of waveforms to spectrograms."""
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,6 +34,46 @@ def mel_filters(bins: int, mels: int, sample_rate: int, low: float, high: float)
     rising = (frequencies - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - frequencies) / (edges[2:] - edges[1:-1])
     return torch.minimum(rising, falling).clamp(min=0).float()
+
+
+class _Power(torch.autograd.Function):
+    """Its gradient is one real inverse transform, where autograd's own takes a complex one: half the time of a front end."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(frames: Tensor, size: int) -> Tensor:
+        real, imaginary = torch.view_as_real(torch.fft.rfft(frames, n=size)).unbind(-1)
+        return real * real + imaginary * imaginary
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])  # and not the spectrum, for second derivatives to be right
+        ctx.size = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # d|S_k|^2 / dx_n = 2 Re(S_k e^(i 2 pi k n / size)); an inverse transform counts all bins twice but the ends.
+        (frames,) = ctx.saved_tensors
+        ends = gradient.new_ones(gradient.shape[-1])
+        ends[0] = 2
+        if ctx.size % 2 == 0:
+            ends[-1] = 2
+        back = torch.fft.irfft(torch.fft.rfft(frames, n=ctx.size) * (gradient * ends), n=ctx.size, norm="forward")
+        return back[..., : frames.shape[-1]], None
+
+
+def power_spectrum(frames: Float[Tensor, "*frame time"], size: int | None = None) -> Float[Tensor, "*frame bin"]:
+    """|S_k|^2 of each frame's Fourier transform, k = 0 .. size // 2; frames shorter than `size` are filled up with zeros.
+
+    Raises `ValueError` for frames longer than `size`.
+    """
+    size = frames.shape[-1] if size is None else size
+    if frames.shape[-1] > size:
+        raise ValueError(f"`size` must be at least a frame's {frames.shape[-1]} samples, got {size}")
+    power = _Power.apply(frames, size)
+    assert isinstance(power, Tensor)
+    return power
 
 
 class LogMel(nn.Module):
@@ -70,6 +111,5 @@ class LogMel(nn.Module):
     def forward(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch 1 frame mel"]:
         if waveform.shape[-1] < self.window:
             raise ValueError(f"a waveform needs at least {self.window} samples for one frame, got {waveform.shape[-1]}")
-        spectrum = torch.fft.rfft(waveform.unfold(-1, self.window, self.hop) * self.hann)
-        power = (spectrum * spectrum.conj()).real
+        power = power_spectrum(waveform.unfold(-1, self.window, self.hop) * self.hann)
         return ((torch.log(power @ self.filters + self.floor) - self.shift) / self.scale)[:, None]

@@ -7,6 +7,7 @@ import torch.nn.functional as F  # noqa: N812  (the name that every PyTorch read
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from robustav.audio import power_spectrum
 from robustav.mel import check_length, floored_log, hertz_to_slaney, in_chunks, slaney_to_hertz, triangles
 
 DECIBEL = 10 / math.log(10)  # decibels of power a unit of the natural logarithm
@@ -65,9 +66,8 @@ class ClapLogMel(nn.Module):
             waveform = waveform.repeat(1, self.length // waveform.shape[1])
         filled = F.pad(waveform, (0, self.length - waveform.shape[1]))
         mirrored = F.pad(filled, (self.window // 2, self.window // 2), mode="reflect")
-        spectrum = torch.fft.rfft(mirrored.unfold(1, self.window, self.hop) * self.hann)
-        power = (spectrum.real.square() + spectrum.imag.square()) @ self.filters
-        return DECIBEL * floored_log(power, self.floor, alive=self.alive)
+        power = power_spectrum(mirrored.unfold(1, self.window, self.hop) * self.hann)
+        return DECIBEL * floored_log(power @ self.filters, self.floor, alive=self.alive)
 
 
 def check_hop(window: int, hop: int, length: int) -> None:

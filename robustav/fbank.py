@@ -7,7 +7,7 @@ import torch.nn.functional as F  # noqa: N812  (the name that every PyTorch read
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from robustav.audio import SAMPLE_RATE
+from robustav.audio import SAMPLE_RATE, power_spectrum
 from robustav.mel import (
     EPSILON,
     centred,
@@ -117,7 +117,5 @@ class Fbank(nn.Module):
         emphasised = frames[..., :-1] * -PRE_EMPHASIS  # of all samples but a frame's first, which the window zeroes
         emphasised += frames[..., 1:]
         emphasised *= self.hann
-        spectrum = torch.fft.rfft(F.pad(emphasised, (1, FFT - WINDOW)))
-        power = spectrum.real.square()
-        power += spectrum.imag.square()
+        power = power_spectrum(F.pad(emphasised, (1, 0)), FFT)
         return floored_log(power @ self.filters, self.floor, alive=self.alive)

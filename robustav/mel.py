@@ -115,9 +115,9 @@ def signal_ends(waveform: Float[Tensor, "batch time"], *, padded: bool) -> Int[T
 
 def centred(waveform: Float[Tensor, "batch time"], ends: Int[Tensor, " batch"]) -> Float[Tensor, "batch time"]:
     """Less the mean of what comes before the padding, which stays zero."""
-    places = torch.arange(waveform.shape[1], device=waveform.device)
-    mean = waveform.sum(1, keepdim=True) / ends[:, None]
-    return torch.where(places < ends[:, None], waveform - mean, 0.0)
+    signal = torch.arange(waveform.shape[1], device=waveform.device) < ends[:, None]
+    mean = torch.where(signal, waveform, 0.0).sum(1, keepdim=True) / ends[:, None]  # padding has no gradient, exactly
+    return torch.where(signal, waveform - mean, 0.0)
 
 
 def filled_up(

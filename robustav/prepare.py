@@ -33,9 +33,7 @@ def prepare(model: Classifier, sample: Inputs) -> Classifier:
     try:
         quick = copy.deepcopy(plain)
         fold_batch_norms(quick)
-        for module in quick.modules():
-            if isinstance(module, nn.Conv2d):
-                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        channels_last(quick)
         leaves = {m: x.detach().requires_grad_() for m, x in sample.items()}
         with torch.enable_grad():
             got = quick(leaves)
@@ -50,6 +48,13 @@ def prepare(model: Classifier, sample: Inputs) -> Classifier:
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in plain.modules()):
         log.warning("folding batch norms changes the model's scores: attacking it unfolded")
     return plain
+
+
+def channels_last(model: nn.Module) -> None:
+    """Lay the weights of two-dimensional convolutions out as processors like them; their values stay."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def fold_batch_norms(module: nn.Module) -> None:

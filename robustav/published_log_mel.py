@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812  (the name that every PyTorch read
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from robustav.audio import power_spectrum
 from robustav.mel import (
     EPSILON,
     centred,
@@ -82,10 +83,12 @@ class CentredMel(nn.Module):
         """Of some clips at once."""
         ends = (self.window // 2, self.window // 2)
         padded = F.pad(waveform, ends, mode="reflect" if self.mirrored else "constant")
-        spectrum = torch.fft.rfft(padded.unfold(1, self.window, self.hop) * self.hann, n=self.fft)
+        frames = padded.unfold(1, self.window, self.hop) * self.hann
         if self.magnitude:
-            return spectrum.abs() @ self.filters  # at 0, `abs` has the gradient 0, where a root has none
-        return (spectrum.real.square() + spectrum.imag.square()) @ self.filters
+            return (
+                torch.fft.rfft(frames, n=self.fft).abs() @ self.filters
+            )  # at 0, `abs` has the gradient 0; a root, none
+        return power_spectrum(frames, self.fft) @ self.filters
 
 
 def long_mel(*, magnitude: bool) -> CentredMel:

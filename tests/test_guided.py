@@ -313,25 +313,8 @@ def test_there_is_no_noise_before_the_first_look():
     assert all(torch.equal(x, quiet.parts[m]) for m, x in method.mix(work, drawn, given, "input").parts.items())
 
 
-def test_a_push_goes_to_the_edge_of_the_budget_towards_another_clip():
-    method = GuidedMixup(anchor="uniform", partner="random", ratio="fixed", place="input", push=1.0)
-    work = started(method)
-    given = batch(work)
-    state = work.generator.get_state()
-    method.draw(work, given.rows)
-    other = torch.randperm(6, generator=work.generator)
-    work.generator.set_state(state)
-    _, clips = method.clips(work, given)
-    for m, x in clips.inputs.items():
-        expected = given.inputs[m] + 0.05 * (given.inputs[m][other] - given.inputs[m]).sign()
-        torch.testing.assert_close(x, expected)
-    assert torch.equal(clips.targets, given.targets)
-    with pytest.raises(ValueError, match="`budgets` must name at least one modality"):
-        method.begin(tiny_work(budgets={}))
-
-
 def test_mixed_inputs_stay_in_range():
-    method = GuidedMixup(**LOOKING, place="input", noise=5.0, push=20.0)
+    method = GuidedMixup(**LOOKING, place="input", noise=20.0)
     work = started(method)
     for m, x in method.mixed(work, batch(work)).parts.items():
         work.model.specs[m].check(m, x.detach())
@@ -539,7 +522,6 @@ def test_one_modality_has_all_of_the_label():
         ({"pairs": 0}, "`pairs` must be at least 1, got 0"),
         ({"segment": 1}, r"`segment` must be 0 \(off\) or at least 2"),
         ({"noise": -0.5}, "`noise` must not be negative, got -0.5"),
-        ({"push": -0.5}, "`push` must not be negative, got -0.5"),
         ({"class_floor": 0.0}, "`class_floor` must be above 0, or convex classes are never drawn, got 0"),
         ({"intra": 1.5}, r"`intra` must lie in \[0, 1\], got 1.5"),
         ({"anchor": "random"}, r"`anchor` must be one of \['metric', 'uniform'\], got 'random'"),

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -82,9 +82,6 @@ class GuidedMixup(Method):
     5. `segment`: the worst of so many ratios, evenly spread over their distribution; 0 is off. Costs so many forward
        passes at the input; at the features too, which are counted as whole ones, though only the end is passed.
     6. `noise`: Gaussian, of about `noise` times the median distance between neighbours at that place; 0 is off.
-    7. `push`: before mixing, every clip is moved by so many radii of the training budget towards another clip of the
-       batch, along the steepest path of the budget's norm (in linf, the sign of the difference), its label kept: what an
-       adversary without gradients would try. 0 is off. Costs no pass.
 
     `random_pairs` is the control: anchors, partners and ratios are drawn as ever, then the pairs are replaced by the
     loop's clips. The same state of the generator gives the very same ratios as without it, since nothing that decides a
@@ -95,6 +92,8 @@ class GuidedMixup(Method):
     midpoints of `pairs` pairs a class that are accepted) or "soft". Before the first look every clip of a class is as
     likely as another, any clip is a partner across classes, and convexity counts as 1.
     """
+
+    loads: ClassVar[bool] = False
 
     refresh_every: int = 5
     start: int = 1
@@ -115,7 +114,6 @@ class GuidedMixup(Method):
     label_weight: float = 0.5
     segment: int = 0
     noise: float = 0.0
-    push: float = 0.0
     random_pairs: bool = False
 
     def __post_init__(self) -> None:
@@ -125,7 +123,7 @@ class GuidedMixup(Method):
         for name, low in (("refresh_every", 1), ("start", 0), ("measured", 0), ("k", 1), ("pairs", 1), ("segment", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"`{name}` must be at least {low}, got {getattr(self, name)}")
-        for name in ("noise", "push", "class_power"):
+        for name in ("noise", "class_power"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name):g}")
         if not 0 < self.class_floor < math.inf:
@@ -172,8 +170,6 @@ class GuidedMixup(Method):
             )
 
     def begin(self, work: Work) -> None:
-        if self.push:
-            attacked(work)
         members = members_of(with_none(work.data.targets))
         count = len(members.clips)
         self._keep(
@@ -197,13 +193,9 @@ class GuidedMixup(Method):
         return self.mix(work, drawn, clips, draw_place(work.model, self.place, work.generator))
 
     def clips(self, work: Work, batch: Batch) -> tuple[Drawn, Batch]:
-        """The clips to mix, pushed if so asked, and how."""
+        """The clips to mix, and how."""
         drawn = self.draw(work, batch.rows)
-        inputs = batch.inputs
-        if not torch.equal(drawn.rows, batch.rows.cpu()):
-            inputs = work.augment({m: x.to(batch.inputs[m]) for m, x in work.data.inputs(drawn.rows).items()})
-        targets = work.data.targets[drawn.rows].to(batch.targets)
-        return drawn, Batch(self._pushed(work, inputs), targets, drawn.rows)
+        return drawn, work.batch(drawn.rows)
 
     def draw(self, work: Work, rows: Int[Tensor, " clip"]) -> Drawn:
         """Whom to mix with whom, and how far; `rows` are the loop's clips. Always draws as many numbers."""
@@ -290,16 +282,6 @@ class GuidedMixup(Method):
         if unit is None:
             return x
         return x + (self.noise * float(unit) / math.sqrt(x[0].numel()) * drawn).to(x)
-
-    def _pushed(self, work: Work, inputs: Inputs) -> Inputs:
-        if not self.push:
-            return inputs
-        other = torch.randperm(len(next(iter(inputs.values()))), generator=work.generator)
-        moved = {
-            m: budget.step(inputs[m], inputs[m], inputs[m][other] - inputs[m], self.push)
-            for m, budget in attacked(work).items()
-        }
-        return {**inputs, **in_range(moved, work.model.specs)}
 
     def _look(self, work: Work) -> None:
         """Measure the training set on the averaged model, and keep what follows from it."""

@@ -28,6 +28,7 @@ from robustav.harness import pick_device
 from robustav.ledger import digest_of_model, write_atomically
 from robustav.models.checkpoints import digest_of_file, load_into, read_checkpoint
 from robustav.models.zoo import build_model, load_model
+from robustav.prepare import channels_last
 from robustav.randomness import draw_for, seeded
 from robustav.training.augment import parse_augmentation
 from robustav.training.data import batches_of, order_of, training_set
@@ -187,6 +188,7 @@ class _Training:
             )
         self.identity = self._identity(model)
         model.to(fabric.device).train()
+        channels_last(model)
         averaged = copy.deepcopy(model).eval().requires_grad_(False)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = _optimizer(recipe, self.parameters)
@@ -244,9 +246,8 @@ class _Training:
                 group["lr"] = self.recipe.rate(work.step, work.steps)
             share = self.recipe.share(work.step, work.steps)
             work.budgets = {m: budget.scaled(share) for m, budget in self.budgets.items()}
-            inputs = {m: x.to(fabric.device) for m, x in self.data.inputs(rows).items()}
             work.cost.clips += len(rows)
-            yield Batch(work.augment(inputs), self.data.targets[rows].to(fabric.device), rows)
+            yield work.batch(rows) if self.method.loads else Batch({}, self.data.targets[rows].to(fabric.device), rows)
 
     def _apply(self, loss: Tensor, before_step: Callable[[], None] | None) -> None:
         """One update: gradients averaged over processes, clipped, a step, and the running mean follows."""

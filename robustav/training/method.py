@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the name that every PyTorch reader knows)
@@ -107,7 +107,14 @@ class Work:
     step: int = 0
     cost: Cost = field(default_factory=Cost)
     memory: dict[str, Tensor] = field(default_factory=dict)
-    augment: Callable[[Inputs], Inputs] = lambda inputs: inputs  # what the loop does to the clips of a batch
+    augment: Callable[[Inputs], Inputs] = lambda inputs: inputs  # what is done to the clips of a batch
+    moved: Callable[[Inputs, Tensor], Inputs] = lambda inputs, rows: inputs  # and before that, by a method
+
+    def batch(self, rows: Int[Tensor, " batch"]) -> Batch:
+        """Clips of the training set as a step sees them: on the model's device, augmented."""
+        device = next(self.model.parameters()).device
+        inputs = {m: x.to(device) for m, x in self.data.inputs(rows).items()}
+        return Batch(self.augment(self.moved(inputs, rows)), self.data.targets[rows].to(device), rows)
 
     def trace(self, inputs: Inputs) -> Trace:
         """Features, latent and logits; one forward pass a clip."""
@@ -155,6 +162,8 @@ class Method:
 
     Most methods write `losses` and nothing else. What they keep from step to step is in `Work.memory`.
     """
+
+    loads: ClassVar[bool] = True  # False: a batch has rows and targets alone, since the method loads clips by itself
 
     def check(self, model: Classifier) -> None:
         """Raise `ValueError` saying what is missing, unless the method can train this model."""

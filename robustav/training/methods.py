@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from inspect import getdoc
 
-from robustav.training import adversarial, defences, guided, mixing
+from robustav.training import adversarial, defences, guided, mixing, remembered
 from robustav.training.method import Method
 from robustav.training.settings import parse_call, read_settings, settings_of
 
@@ -18,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
     **mixing.METHODS,
     **guided.METHODS,
     **adversarial.METHODS,
+    **remembered.METHODS,
     **defences.METHODS,
 }
 
