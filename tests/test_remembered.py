@@ -79,6 +79,29 @@ def test_a_step_is_that_of_plain_training_at_those_points():
         torch.testing.assert_close(own, other)
 
 
+def test_two_gradients_that_agree_turn_a_sign_and_one_cancels_it():
+    method = Remembered()
+    work = started(method)
+    given = batch(work)
+    slopes = gradients(work, given)
+    for m, slope in slopes.items():  # as if the last pass had said the opposite in one half, and the same in the other
+        half = torch.ones_like(slope[0]).flatten()
+        half[: len(half) // 2] = -1
+        work.memory[SIGNS.format(m)][given.rows] = packed(half.reshape(slope[0].shape) * slope.sign())
+    moved = {
+        m: (0.05 * unpacked(work.memory[SIGNS.format(m)][given.rows], x.shape[1:])) for m, x in given.inputs.items()
+    }
+    points = {
+        m: (x + moved[m]).clamp(work.model.specs[m].low, work.model.specs[m].high) for m, x in given.inputs.items()
+    }
+    slopes = gradients(work, given._replace(inputs=points))
+    before = {m: unpacked(work.memory[SIGNS.format(m)][given.rows], x.shape[1:]) for m, x in given.inputs.items()}
+    method.train_step(work, rows_of(work))
+    for m, x in given.inputs.items():
+        after = unpacked(work.memory[SIGNS.format(m)][given.rows], x.shape[1:])
+        assert torch.equal(after, (before[m] + slopes[m].sign()).clamp(-1, 1)) and (after == 0).any() and after.any()
+
+
 def test_clips_are_remembered_one_by_one():
     method = Remembered()
     work = started(method)

@@ -1,4 +1,4 @@
-"""Adversarial training for the price of plain training: each clip is attacked with what its last pass taught."""
+"""Adversarial training for the price of plain training: each clip is attacked with what its last passes taught."""
 
 import math
 from collections.abc import Iterator
@@ -42,14 +42,15 @@ def unpacked(bits: UInt8[Tensor, "clip 2 byte"], shape: torch.Size) -> Float[Ten
 
 @dataclass(frozen=True)
 class Remembered(Method):
-    """Plain training on clips that are moved along the sign of the gradient which their own last pass had.
+    """Plain training on clips that are moved along the sign of the gradients which their own last passes had.
 
     The pass that a step learns from also says where the loss rises at each clip's input; that is kept until the clip
-    comes again, an epoch later. So an attack costs no pass of its own: 1 of either kind a clip, of which the backward
-    pass goes down to the inputs. Of the kind of free adversarial training [Shafahi et al., 2019, arXiv:1904.12843] and
-    of attacks carried from epoch to epoch [Zheng et al., 2020, arXiv:1912.11969]; this form, with no ascent of its own
-    and nothing accumulated, is ours. An old gradient makes a weaker attack than a fresh one: `reach`, in epsilons, may
-    make up for that.
+    comes again, an epoch later: each number of it moves by `reach` epsilons up or down, and takes
+    two passes that agree to change sides. So an attack costs no pass of its own: 1 of either kind a clip, of which
+    the backward pass goes down to the inputs. Of the kind of free adversarial training [Shafahi et al., 2019,
+    arXiv:1904.12843] and of attacks carried from epoch to epoch [Zheng et al., 2020, arXiv:1912.11969]; this form, with
+    no ascent of its own, is ours. An old gradient makes a weaker attack than a fresh one: a longer `reach` may make up
+    for that.
 
     Clips are moved before they are augmented, so that what is remembered fits them when they are augmented otherwise;
     at their first visit they are not moved. Keeps 2 bits for each number of the training set. Budgets must be linf.
@@ -95,14 +96,17 @@ class Remembered(Method):
         for leaves, rows in points:
             for m, x in leaves.items():
                 if x.grad is not None:
-                    work.memory[SIGNS.format(m)][rows] = packed(x.grad)
+                    work.memory[SIGNS.format(m)][rows] = packed(self._signs(work, m, x, rows) + x.grad.sign())
             work.memory[LATEST][rows] = True
         return loss
 
     def _moved(self, work: Work, modality: str, budget: Budget, x: Tensor, rows: Tensor) -> Tensor:
-        signs = unpacked(work.memory[SIGNS.format(modality)][rows], x.shape[1:]).to(x)
         wide = budget.scaled(self.reach)
-        return within(wide, x, x + float(wide.radius(x)) * signs).detach().requires_grad_()
+        step = float(wide.radius(x)) * self._signs(work, modality, x, rows)
+        return within(wide, x, x + step).detach().requires_grad_()
+
+    def _signs(self, work: Work, modality: str, x: Tensor, rows: Tensor) -> Tensor:
+        return unpacked(work.memory[SIGNS.format(modality)][rows], x.shape[1:]).to(x)
 
 
 @dataclass(frozen=True)
