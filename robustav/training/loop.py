@@ -199,7 +199,7 @@ class _Training:
         self.work.augment = lambda inputs: augmentation(inputs, specs, generator)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"score": -1.0, "epoch": -1, "weights": {}}
-        self.seconds, self.peak, self.stopped, self.begun = 0.0, 0.0, False, False
+        self.seconds, self.cpu_seconds, self.peak, self.stopped, self.begun = 0.0, 0.0, 0.0, False, False
         self.losses: list[float] = []  # of this epoch, a step each
         self.norms: list[float] = []  # of gradients, an update each
         self.current: Tensor = torch.zeros(0, dtype=torch.long)  # rows of the batch
@@ -300,7 +300,7 @@ class _Training:
         work.generator.manual_seed(draw_for(self.recipe.seed, *purpose).initial_seed())
         self.losses, self.norms, self.current = [], [], self.current[:0]
         work.model.train()
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         if fabric.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(fabric.device)
         with seeded(self.recipe.seed, *purpose), fabric.autocast():
@@ -311,6 +311,7 @@ class _Training:
         self._average_buffers()
         seconds = time.perf_counter() - began
         self.seconds += seconds
+        self.cpu_seconds += time.process_time() - cpu_began
         self.peak = max(self.peak, peak_memory(fabric.device))
         loss, norm, clips, forwards, backwards = self._over_processes(
             mean(self.losses), mean(self.norms or [0.0]), work.cost.clips, work.cost.forwards, work.cost.backwards
@@ -380,6 +381,7 @@ class _Training:
             "history": self.history,
             "best": self.best,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "peak": self.peak,
             "stopped": self.stopped,
         }
@@ -412,7 +414,8 @@ class _Training:
         self.optimizer.load_state_dict(state["optimizer"])
         work.memory, work.cost = state["memory"], Cost(**state["cost"])
         work.epoch, work.step, self.history, self.best = state["epoch"], state["step"], state["history"], state["best"]
-        self.seconds, self.peak, self.stopped, self.begun = state["seconds"], state["peak"], state["stopped"], True
+        self.seconds, self.cpu_seconds, self.peak = state["seconds"], state["cpu_seconds"], state["peak"]
+        self.stopped, self.begun = state["stopped"], True
 
     def finish(self) -> Trained:
         """Write weights and card, and remove what only a killed training needs."""
@@ -445,6 +448,7 @@ class _Training:
                 "forwards_a_clip": cost.forwards_a_clip,
                 "backwards_a_clip": cost.backwards_a_clip,
                 "seconds": round(self.seconds, 2),  # without validation and saving
+                "cpu_seconds": round(self.cpu_seconds, 2),  # of this process, all its threads together
                 "peak_memory_mib": round(peak),
                 "peak_memory_of": "tensors on the GPU"
                 if self.fabric.device.type == "cuda"
