@@ -30,6 +30,8 @@ CHECKED = [
     "resample",
     "image",
     "clap_log_mel",
+    "training",
+    "experiment",
 ]
 install_import_hook([f"robustav.{name}" for name in CHECKED], "typecheck.checked")
 

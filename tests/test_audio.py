@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from robustav.audio import power_spectrum
+from robustav.audio import framed, power_spectrum
 
 
 @pytest.mark.parametrize(("time", "size"), [(16, 16), (10, 16), (9, 9), (7, 9), (512, None)])
@@ -25,3 +25,14 @@ def test_a_power_spectrum_is_flat_in_silence_and_refuses_frames_that_are_too_lon
     assert silence.grad is not None and not silence.grad.any()
     with pytest.raises(ValueError, match="`size` must be at least a frame's 8 samples, got 4"):
         power_spectrum(silence, 4)
+
+
+@pytest.mark.parametrize(("time", "window", "hop"), [(32, 8, 4), (35, 8, 2), (8, 8, 8), (40, 8, 3), (41, 9, 9)])
+def test_frames_are_those_of_unfold_and_so_is_their_gradient(time: int, window: int, hop: int) -> None:
+    waveform = torch.randn(3, time, dtype=torch.float64, generator=torch.Generator().manual_seed(time))
+    waveform.requires_grad_()
+    found, expected = framed(waveform, window, hop), waveform.unfold(1, window, hop)
+    assert torch.equal(found, expected)
+    weights = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    slopes = [torch.autograd.grad((y * weights).sum(), waveform)[0] for y in (found, expected)]
+    torch.testing.assert_close(*slopes)

@@ -29,8 +29,8 @@ def shifted_in_time(waveforms: Waveforms, share: float, generator: torch.Generat
     """Each rolled round by up to `share` of its length, either way."""
     time = waveforms.shape[1]
     shift = (2 * torch.rand(len(waveforms), 1, generator=generator) - 1) * (share * time / 2)
-    source = (torch.arange(time) - shift.round().long()) % time
-    return waveforms.gather(1, source.to(waveforms.device))
+    steps = shift.round().long().flatten().tolist()
+    return torch.stack([clip.roll(step) for clip, step in zip(waveforms, steps, strict=True)])
 
 
 def silenced(waveforms: Waveforms, share: float, generator: torch.Generator) -> Waveforms:
