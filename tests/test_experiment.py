@@ -447,6 +447,9 @@ def test_cost_is_that_of_the_cards_relative_to_the_baseline(finished, reported):
     assert rows["both", "n-fgsm"] == 2
     card = json.loads((out / "both/erm/0/training/card.json").read_text())
     assert results.costs["both", "erm"].passes == card["cost"]["forwards"] + card["cost"]["backwards"]
+    cards = [json.loads(path.read_text()) for path in out.glob("both/erm/*/training/card.json")]
+    mean = sum(card["cost"]["cpu_seconds"] for card in cards) / len(cards)
+    assert results.costs["both", "erm"].seconds == pytest.approx(mean)
 
 
 def test_a_part_is_reported_as_such(finished, tmp_path):

@@ -172,7 +172,7 @@ class Cost(NamedTuple):
 
     passes_a_clip: float  # forward and backward together
     passes: float  # in all
-    seconds: float
+    seconds: float  # of CPU; of the wall for what a GPU did
 
 
 @dataclass(frozen=True)
@@ -246,9 +246,11 @@ def read_results(experiment: Experiment, out: Path) -> Results:
 
 
 def _cost(stage: Stage) -> Cost:
-    spent = json.loads((stage.folder / TRAINING / "card.json").read_bytes())["cost"]
+    card = json.loads((stage.folder / TRAINING / "card.json").read_bytes())
+    spent = card["cost"]
     passes = spent["forwards"] + spent["backwards"]
-    return Cost(passes / max(1, spent["clips"]), passes, spent["seconds"])
+    seconds = spent["cpu_seconds" if card["device"] == "cpu" else "seconds"]  # whatever else the machine was doing
+    return Cost(passes / max(1, spent["clips"]), passes, seconds)
 
 
 def _latent(stage: Stage) -> pd.DataFrame:
