@@ -37,7 +37,10 @@ def mel_filters(bins: int, mels: int, sample_rate: int, low: float, high: float)
 
 
 class _Power(torch.autograd.Function):
-    """Its gradient is one real inverse transform, where autograd's own takes a complex one: half the time of a front end."""
+    """Real transforms both ways, where autograd's own gradient takes a complex one: half the time of a front end.
+
+    Backward passes of any order, and batches of them by `vmap`; no forward mode.
+    """
 
     generate_vmap_rule = True
 
@@ -71,7 +74,8 @@ def power_spectrum(frames: Float[Tensor, "*frame time"], size: int | None = None
     size = frames.shape[-1] if size is None else size
     if frames.shape[-1] > size:
         raise ValueError(f"`size` must be at least a frame's {frames.shape[-1]} samples, got {size}")
-    power = _Power.apply(frames, size)
+    # Transforms know no bfloat16: autocast would cast for the pass that it is on for, and not for the backward pass.
+    power = _Power.apply(frames.float() if frames.dtype is torch.bfloat16 else frames, size)
     assert isinstance(power, Tensor)
     return power
 

@@ -19,6 +19,12 @@ def test_a_power_spectrum_has_the_value_and_the_derivatives_of_its_definition(ti
     torch.testing.assert_close(*bends)
 
 
+def test_frames_of_bfloat16_have_a_gradient_too() -> None:
+    frames = torch.randn(2, 16, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    power_spectrum(frames).sum().backward()
+    assert frames.grad is not None and frames.grad.dtype is torch.bfloat16 and frames.grad.any()
+
+
 def test_a_power_spectrum_is_flat_in_silence_and_refuses_frames_that_are_too_long() -> None:
     silence = torch.zeros(1, 8, requires_grad=True)
     power_spectrum(silence).sum().backward()

@@ -654,6 +654,20 @@ def test_vulnerability_is_told_at_budgets_that_cost_single_models_the_same():
     assert told["value"] == pytest.approx(0.75)
 
 
+def test_vulnerability_is_told_of_epsilons_that_differ_by_modality():
+    """As above, with a quarter of the epsilon for audio."""
+    levels = ("audio=0.0025,visual=0.01", "audio=0.005,visual=0.02")
+    scores = {
+        **curve("ear", "erm", "audio", 0.8, 0.4, 0.2, epsilons=levels),
+        **curve("eye", "erm", "visual", 0.8, 0.6, 0.6, epsilons=levels),
+        **curve("both", "erm", "audio", 0.9, 0.3, 0.2, epsilons=levels),
+        **curve("both", "erm", "visual", 0.9, 0.85, 0.8, epsilons=levels),
+        **curve("both", "erm", "audio+visual", 0.9, 0.2, 0.1, epsilons=levels),
+    }
+    (grid,) = vulnerability(tables_of(synthetic(scores, epsilon=levels[1])))
+    assert grid.body[0][4][0] == "audio 0.0013, visual 0.02" and grid.body[0][3][0] == "0.750"
+
+
 def test_fused_models_are_held_against_the_model_of_what_is_attacked():
     scores = {
         **curve("ear", "erm", "audio", 0.7, 0.5, 0.2),

@@ -316,6 +316,7 @@ def test_methods_are_parsed_by_name_and_described() -> None:
         ({"learning_rate": math.nan}, "`learning_rate` must be above 0, got nan"),
         ({"clip_norm": -1.0}, "`clip_norm` must be at least 0, got -1.0"),
         ({"ema": 1.0}, "`ema` must be at least 0 and below 1, got 1.0"),
+        ({"ramp": -0.1}, "`ramp` must be at least 0 and below 1, got -0.1"),
         ({"limit": 0}, "`limit` must be at least 1, got 0"),
         ({"data": "av-events/test"}, "`data` must be clips that no attack is judged on, av-events/train"),
         ({"data": "av-events"}, "`data` must be clips that no attack is judged on"),
@@ -531,7 +532,16 @@ def test_the_running_mean_is_kept_and_soon_leaves_the_random_weights(tiny: Tiny,
 
 
 @pytest.mark.parametrize(
-    ("method", "step"), [("erm", 1), ("erm", 12), ("manifold-mixup", 7), ("fgsm-rs", 4), ("fgsm-rs", 7)]
+    ("method", "step"),
+    [
+        ("erm", 1),
+        ("erm", 12),
+        ("manifold-mixup", 7),
+        ("fgsm-rs", 4),
+        ("fgsm-rs", 7),
+        ("remembered", 7),
+        ("guided-remembered", 12),
+    ],
 )
 def test_a_killed_training_ends_with_the_same_bytes(tiny: Tiny, tmp_path: Path, method: str, step: int) -> None:
     recipe = short(method=method, augment="full", keep="best", balanced=True)

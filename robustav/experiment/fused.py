@@ -11,6 +11,7 @@ from robustav.experiment.tables import Tables, words
 from robustav.metrics.intervals import Interval
 from robustav.report.grids import Cell, Grid
 from robustav.report.text import NONE
+from robustav.threat import parse_number
 
 
 def against_single(tables: Tables) -> Iterator[Grid]:
@@ -76,26 +77,26 @@ def _share(
     singles = single_models(tables, model)
     own = {part: _curve(tables, model, method, part) for part in parts}
     alone = {part: _curve(tables, singles[part], method, part) for part in parts} if singles else {}
-    headline = number_of(tables.epsilon)
-    if not alone or any(headline not in curve for curve in (*own.values(), *alone.values())):
+    headline = {part: number_of(tables.epsilon, part) for part in parts}
+    if not alone or any(headline[part] not in curves[part] for curves in (own, alone) for part in parts):
         return nothing
-    matched = min(curve[headline].mean for curve in alone.values())
+    matched = min(alone[part][headline[part]].mean for part in parts)
     if matched <= 0:
         return nothing
     budgets = {
-        part: headline
-        if curve[headline].mean == matched
+        part: headline[part]
+        if curve[headline[part]].mean == matched
         else budget_of_drop({epsilon: one.mean for epsilon, one in curve.items()}, matched)
         for part, curve in alone.items()
     }
-    first, second = (interpolated({0.0: _none_of(own[p][headline]), **own[p]}, budgets[p]) for p in parts)
+    first, second = (interpolated({0.0: _none_of(own[p][headline[p]]), **own[p]}, budgets[p]) for p in parts)
     return ratio(first.mean, first.mean + second.mean, first.drawn, first.drawn + second.drawn), budgets
 
 
 def _curve(tables: Tables, model: str, method: str, part: str) -> dict[float, Sampled]:
-    """Epsilon -> drop of the score, of the epsilons that are plain numbers."""
+    """The modality's epsilon -> drop of the score, of the epsilons that are numbers."""
     places = [where for where in tables.scores.places(model) if where.attacked == part]
-    drops = {number_of(where.epsilon): drop(tables, model, method, where) for where in places}
+    drops = {number_of(where.epsilon, part): drop(tables, model, method, where) for where in places}
     return {epsilon: one for epsilon, one in drops.items() if one is not None and not np.isnan(epsilon)}
 
 
@@ -114,10 +115,15 @@ def single_models(tables: Tables, model: str) -> dict[str, str]:
     return {m: names[0] for m, names in alone.items()}
 
 
-def number_of(epsilon: str) -> float:
-    """An epsilon as a number; nan where it is no plain one."""
+def number_of(epsilon: str, part: str = "") -> float:
+    """An epsilon as a number, `0.01` or `4/255`, or what `audio=0.0025,visual=0.004` has for a part; nan where it is none.
+
+    >>> number_of("0.01", "audio"), number_of("audio=0.0025,visual=1/250", "visual"), number_of("snr=30dB")
+    (0.01, 0.004, nan)
+    """
+    by_part = dict(one.split("=", 1) for one in epsilon.split(",") if "=" in one)
     try:
-        return float(epsilon)
+        return float(parse_number(by_part.get(part, epsilon)))
     except ValueError:
         return np.nan
 

@@ -220,7 +220,8 @@ class FGSMRS(AdversarialTraining):
 
     May overfit to its own step all at once: PGD then breaks what it cannot. `watch` looks for that on `watch_clips`
     training clips each epoch: "warn" says so, "stop" goes back to the last sound weights and trains no further (as the
-    paper does), "restore" goes back and trains on, "off" does not look. A look costs about 13 forward and 11 backward
+    paper does), "restore" goes back and trains on, "off" does not look; nor does anyone while the budget still grows,
+    since clips fall for a larger one anyway. A look costs about 13 forward and 11 backward
     passes for each of its clips; a step without it, 2 of either for each clip.
     """
 
@@ -249,7 +250,7 @@ class FGSMRS(AdversarialTraining):
 
     def train_step(self, work: Work, batch: Batch) -> Float[Tensor, ""]:
         loss = super().train_step(work, batch)
-        if self.watch != "off" and (work.step + 1) % (work.steps // work.epochs) == 0:
+        if self.watch != "off" and work.whole and (work.step + 1) % (work.steps // work.epochs) == 0:
             look(work, self.craft, PGDTraining(10).craft, fall=self.watch_fall, watch=self.watch)
         return loss
 

@@ -26,8 +26,9 @@ from robustav.classifier import Classifier
 from robustav.data.samples import Progress
 from robustav.harness import pick_device
 from robustav.ledger import digest_of_model, write_atomically
+from robustav.models.asked import parse_model
 from robustav.models.checkpoints import digest_of_file, load_into, read_checkpoint
-from robustav.models.zoo import build_model, load_model
+from robustav.models.zoo import MODELS, build_model, load_model
 from robustav.prepare import channels_last
 from robustav.randomness import draw_for, seeded
 from robustav.training.augment import parse_augmentation
@@ -175,6 +176,7 @@ class _Training:
         method.check(model)
         self.score = recipe.declared_score(model.label_kind)
         self.budgets = recipe.budgets(model)
+        method.check_budgets(self.budgets)
         given: dict[str, Any] = {"seed": recipe.seed, "progress": progress}
         self.data = training_set(recipe.data, model, limit=recipe.limit, **given)
         self.validation = training_set(recipe.validates, model, **given) if recipe.validates else None
@@ -188,7 +190,8 @@ class _Training:
             )
         self.identity = self._identity(model)
         model.to(fabric.device).train()
-        channels_last(model)
+        if parse_model(recipe.model).name in MODELS:  # a user's own may view its tensors as they lie
+            channels_last(model)
         averaged = copy.deepcopy(model).eval().requires_grad_(False)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = _optimizer(recipe, self.parameters)
@@ -246,6 +249,7 @@ class _Training:
                 group["lr"] = self.recipe.rate(work.step, work.steps)
             share = self.recipe.share(work.step, work.steps)
             work.budgets = {m: budget.scaled(share) for m, budget in self.budgets.items()}
+            work.whole = share == 1
             work.cost.clips += len(rows)
             yield work.batch(rows) if self.method.loads else Batch({}, self.data.targets[rows].to(fabric.device), rows)
 
@@ -320,7 +324,9 @@ class _Training:
         line |= {"loss": loss / fabric.world_size, "gradient_norm": norm / fabric.world_size}
         line |= {"clips": int(clips), "forwards": int(forwards), "backwards": int(backwards), "seconds": seconds}
         line |= self._validated()
-        line |= {key: value.item() for key, value in work.memory.items() if value.ndim == 0}
+        line |= {
+            key: value.item() for key, value in work.memory.items() if value.ndim == 0 and value.is_floating_point()
+        }
         self.history.append(line)
         work.epoch += 1
         self._judge(line)
@@ -419,16 +425,16 @@ class _Training:
 
     def finish(self) -> Trained:
         """Write weights and card, and remove what only a killed training needs."""
-        (peak,) = self._over_processes(self.peak)
+        peak, cpu_seconds = self._over_processes(self.peak, self.cpu_seconds)
         if self.fabric.is_global_zero:
             best = self.recipe.keep == "best"
             write_atomically(self.folder / WEIGHTS, save(self.best["weights"] if best else _copied(self.work.averaged)))
-            write_atomically(self.folder / CARD, _json({**self.identity, **self._card(peak)}))
+            write_atomically(self.folder / CARD, _json({**self.identity, **self._card(peak, cpu_seconds)}))
         self.fabric.barrier()
         self._forget(self.work.epochs + 1)
         return Trained(self.folder, read_trained(self.folder))
 
-    def _card(self, peak: float) -> dict[str, Any]:
+    def _card(self, peak: float, cpu_seconds: float) -> dict[str, Any]:
         """What there is to say of a finished training beside its identity."""
         work, recipe, last = self.work, self.recipe, self.history[-1]
         epoch = self.best["epoch"] if recipe.keep == "best" else work.epoch
@@ -448,7 +454,7 @@ class _Training:
                 "forwards_a_clip": cost.forwards_a_clip,
                 "backwards_a_clip": cost.backwards_a_clip,
                 "seconds": round(self.seconds, 2),  # without validation and saving
-                "cpu_seconds": round(self.cpu_seconds, 2),  # of this process, all its threads together
+                "cpu_seconds": round(cpu_seconds, 2),  # of all threads of all processes
                 "peak_memory_mib": round(peak),
                 "peak_memory_of": "tensors on the GPU"
                 if self.fabric.device.type == "cuda"

@@ -91,7 +91,7 @@ class Work:
     """A training in progress, as a method sees it.
 
     Every pass goes through `trace`, `features`, `gradients` and `update`, which count it. `averaged` has the running mean
-    of the weights. `memory` holds the tensors that a method keeps from step to step; they are saved with the training.
+    of the weights. `batch` loads clips, and what `moved` and then `augment` make of them. `memory` holds the tensors that a method keeps from step to step; they are saved with the training.
     `generator` (on the CPU) is the only source of randomness. `budgets` are what an adversary may do while training.
     """
 
@@ -105,6 +105,7 @@ class Work:
     apply: Update  # backward, gradient clipping, optimizer step
     epoch: int = 0
     step: int = 0
+    whole: bool = True  # whether `budgets` have grown to their whole size
     cost: Cost = field(default_factory=Cost)
     memory: dict[str, Tensor] = field(default_factory=dict)
     augment: Callable[[Inputs], Inputs] = lambda inputs: inputs  # what is done to the clips of a batch
@@ -167,6 +168,9 @@ class Method:
 
     def check(self, model: Classifier) -> None:
         """Raise `ValueError` saying what is missing, unless the method can train this model."""
+
+    def check_budgets(self, budgets: Mapping[str, Budget]) -> None:
+        """Raise `ValueError` unless the method can train against these."""
 
     def wrapped(self, model: Classifier) -> Classifier:
         """What is trained and loaded again in the model's place; unless told, the model itself.
