@@ -6,8 +6,10 @@ its row) and writes its section of docs/benchmarks.md; `--quick` is a smoke run.
 
 import argparse
 import os
+import random
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -39,11 +41,11 @@ ABOUT = """
 
 `python benchmarks/training.py --write`. {machine}. CPU time over the floor's.
 
-{epochs} epochs over {clips} scenes of av-events in batches of 32, without validation, saving and the time that the first
-look at the data takes; {rounds} rounds.
+{epochs} epochs over {clips} scenes of av-events in batches of 32, without validation, saving and reading the data;
+{rounds} rounds.
 
 - The **floor** is a loop by hand: batches of tensors, forward, backward to the weights, AdamW. No augmentation, no running
-  mean of the weights, no checks.
+  mean of the weights, no checks; convolutions lie as torch makes them (ours are channels-last).
 - **Ours** are whole steps of `robustav train`: augmentation (`light`), checks for losses and gradients that are not finite,
   the running mean; of guided mix-up the looks too, one in {epochs} epochs, on all scenes.
 - **{peer}** is the floor's loop with `torchattacks.PGD` before each step, for a model of one modality whose range is
@@ -53,8 +55,6 @@ look at the data takes; {rounds} rounds.
 
 def floor(model_name: str, clips: int, epochs: int, craft: Callable[..., Tensor] | None = None) -> float:
     """CPU seconds of a plain loop."""
-    import time
-
     model = build_model(model_name)
     data = training_set("av-events/train", model, limit=clips)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3, weight_decay=0.05)
@@ -128,9 +128,11 @@ def main() -> int:
         if one and find_spec("torchattacks"):
             contestants[PEER] = partial(floor, model, clips, epochs, by_torchattacks)
         seconds: dict[str, list[float]] = {name: [] for name in contestants}
+        order, shuffler = list(contestants), random.Random(0)
         for _ in range(rounds):
-            for name, run in contestants.items():
-                seconds[name].append(run())
+            shuffler.shuffle(order)
+            for name in order:
+                seconds[name].append(contestants[name]())
         for name, row in table.items():
             found: Spread | str = ratio(seconds[name], seconds["floor"]) if name in seconds else ""
             row.append(str(found))

@@ -18,19 +18,17 @@ from robustav.training.adversarial import (
     MART,
     METHODS,
     NFGSM,
-    STARTS,
     TRADES,
     AdversarialTraining,
     Free,
     InterpolatedTraining,
     PGDTraining,
-    ascend,
-    divergence,
-    mart_losses,
-    uniform,
 )
+from robustav.training.ascent import STARTS, ascend, uniform
+from robustav.training.divergence import divergence, mart_losses
 from robustav.training.method import Batch, Method, Work
-from robustav.training.overfitting_watch import HISTORY, over_processes
+from robustav.training.overfitting_watch import HISTORY
+from robustav.training.processes import averaged
 from robustav.training.weight_perturbation import buffers_kept, matrices, perturb
 
 CRAFTING = [FGSMRS(), NFGSM(), PGDTraining(3), TRADES(steps=3), MART(steps=3), InterpolatedTraining(steps=3), AWP()]
@@ -578,7 +576,7 @@ def test_all_processes_come_to_one_verdict(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.add_(torch.tensor([1.0, 0, 3, 0.5])))
-    torch.testing.assert_close(over_processes(torch.tensor([0.0, 1, 1, 1])), torch.tensor([0.5, 0.5, 2, 0.75]))
+    torch.testing.assert_close(averaged(torch.tensor([0.0, 1, 1, 1])), torch.tensor([0.5, 0.5, 2, 0.75]))
 
 
 def test_the_watch_leaves_mode_and_gradients_alone():

@@ -23,7 +23,8 @@ from robustav.training.guidance import (
     pick,
     with_none,
 )
-from robustav.training.guided import CONVEXITY, MEMBERS, OUTSIDE, WEIGHTS, GuidedFGSM, GuidedMixup
+from robustav.training.guided import CONVEXITY, MEMBERS, OUTSIDE, WEIGHTS, GuidedMixup
+from robustav.training.guided_fgsm import GuidedFGSM
 from robustav.training.method import Work
 from robustav.training.mixing import between, ratios
 

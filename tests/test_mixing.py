@@ -11,7 +11,8 @@ from training_tools import TinyClips, batch, tiny_work
 from robustav.classifier import InputSpec, Wrapped, waveform
 from robustav.threat import Budget
 from robustav.training.method import Batch, Method
-from robustav.training.mixing import (
+from robustav.training.mixing import between, draw_place, draw_ratios, mixed_at, places_of, ratios
+from robustav.training.mixups import (
     METHODS,
     BetweenClass,
     CutMix,
@@ -20,15 +21,9 @@ from robustav.training.mixing import (
     ManifoldMixup,
     Mixup,
     NoisyFeatureMixup,
-    between,
     box,
     class_mates,
-    draw_place,
-    draw_ratios,
     heard,
-    mixed_at,
-    places_of,
-    ratios,
 )
 
 EVERY = [made() for made in METHODS.values()]

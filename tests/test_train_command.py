@@ -27,7 +27,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         loop, "training_set", lambda source, model, **_: TinyClips(24 if source.endswith("train") else 11)
     )
-    monkeypatch.setattr(loop, "build_model", lambda name: tiny_fusion())
+    monkeypatch.setattr("robustav.training.trained.build_model", lambda name: tiny_fusion())
 
 
 def run(*arguments: str):
@@ -148,7 +148,7 @@ from conftest import Linear, tiny_fusion, tiny_specs
 from safetensors.torch import load_file
 from training_tools import TinyClips
 
-from robustav.training import loop
+from robustav.training import loop, trained
 from robustav.training.method import Method
 from robustav.training.methods import METHODS
 from robustav.training.recipe import Recipe
@@ -163,7 +163,7 @@ class Stopping(Method):
 
 
 def train(model, folder, method, augment):
-    loop.build_model = lambda name: model()
+    trained.build_model = lambda name: model()
     recipe = Recipe(method=method, epochs=2, batch_size=6, augment=augment, learning_rate=0.02, ema=0.5)
     loop.train(recipe, Path(sys.argv[1]) / folder)
 

@@ -25,11 +25,12 @@ from robustav.training import augment, loop
 from robustav.training.augment import AUGMENTATIONS, Augmentation, parse_augmentation
 from robustav.training.data import Loaded, Scenes, balanced_weights, batches_of, order_of, training_set
 from robustav.training.logs import log_lines, tensorboard_scalars
-from robustav.training.loop import Trained, follow, load_trained, read_trained, train
+from robustav.training.loop import follow, train
 from robustav.training.method import Batch, Method, Work
 from robustav.training.methods import METHODS, described, parse_method
 from robustav.training.recipe import Recipe, scores_of
 from robustav.training.settings import parse_call, read_settings, settings_of
+from robustav.training.trained import Trained, initial, load_trained, read_trained
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -398,7 +399,7 @@ class Tiny:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.label_kind, self.methods, self.read, self.dropout = "multilabel", METHODS.copy(), 0, 0.2
         monkeypatch.setattr(loop, "training_set", self.training_set)
-        monkeypatch.setattr(loop, "build_model", lambda name: self.model())
+        monkeypatch.setattr("robustav.training.trained.build_model", lambda name: self.model())
         monkeypatch.setattr("robustav.training.methods.METHODS", self.methods)
 
     def model(self) -> Classifier:
@@ -527,7 +528,7 @@ def test_the_running_mean_is_kept_and_soon_leaves_the_random_weights(tiny: Tiny,
     kept = [load_file(train(short(ema=e), tmp_path / str(e)).folder / "model.safetensors") for e in (0.0, 0.5, 0.999)]
     last = kept[0]["head.weight"]
     apart = [(one["head.weight"] - last).norm() for one in kept]
-    path = (loop._initial(short(), Method()).state_dict()["head.weight"] - last).norm()
+    path = (initial(short(), Method()).state_dict()["head.weight"] - last).norm()
     assert apart[0] == 0 < apart[1] < apart[2] < 0.7 * path
 
 
@@ -837,7 +838,7 @@ def test_models_to_train_have_weights_of_the_global_generator() -> None:
 
 def test_training_goes_on_from_a_checkpoint() -> None:
     path = EMBEDDED["audio-cnn"].path
-    model = loop._initial(Recipe(model="audio-cnn", checkpoint=str(path)), Method())
+    model = initial(Recipe(model="audio-cnn", checkpoint=str(path)), Method())
     weights = read_checkpoint(path)
     assert all(torch.equal(x, weights[name].to(x)) for name, x in model.state_dict().items())
 

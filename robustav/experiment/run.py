@@ -18,7 +18,8 @@ from robustav.geometry.survey import silent
 from robustav.harness import Settings
 from robustav.ledger import write_atomically
 from robustav.study import study
-from robustav.training.loop import load_trained, train
+from robustav.training.loop import train
+from robustav.training.trained import load_trained
 
 RECIPE = "recipe.toml"
 TRAINING, METRICS = "training", "metrics"

@@ -73,7 +73,7 @@ def load_model(
             raise ValueError(f"{asked.name} comes without weights: give your own with --checkpoint FILE")
         model = _from_timm(asked, rest)
     elif kind == "trained" and rest:
-        from robustav.training.loop import WEIGHTS, load_trained, read_trained
+        from robustav.training.trained import WEIGHTS, load_trained, read_trained
 
         if checkpoint is not None:
             raise ValueError(f"{asked.name} has its own weights: leave --checkpoint out, or name another folder")

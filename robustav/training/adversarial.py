@@ -1,174 +1,30 @@
-"""Adversarial training: the inner ascent that crafts a batch, the losses that learn from it, one class a method.
+"""Adversarial training: one class a method, which crafts a batch by an ascent and learns from it.
 
 Modalities with a budget in `work.budgets` are attacked, all at once; the others are left as they are: training against
 one modality or against all is a matter of budgets. Points are crafted in eval mode and learnt from in train mode, so
-that batch norm learns its running statistics from what the update sees; `Free`, whose one pass serves both, is the
-exception. Losses of multi-label clips are sums over classes, divergences too, so that `beta` and `weight` mean the same
-whatever the number of classes.
+that batch norm learns its running statistics from what the update sees; the exceptions are `Free` and `Remembered`, one
+pass of which serves both. Losses of multi-label clips are sums over classes, divergences too, so that `beta` and
+`weight` mean the same whatever the number of classes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812  (the name that every PyTorch reader knows)
 from jaxtyping import Float
 from torch import Tensor
 
-from robustav.classifier import Inputs, LabelKind
-from robustav.norms import TINY, per_sample
-from robustav.threat import Budget
-from robustav.training.method import Batch, Method, Work, supervised
+from robustav.classifier import Inputs
+from robustav.training.ascent import Objective, ascend, attacked, within
+from robustav.training.divergence import divergence, mart_losses
+from robustav.training.method import Batch, Method, Work
 from robustav.training.mixing import draw_ratios, mixed_at, permuted
 from robustav.training.overfitting_watch import STOPPED, WATCHES, choose, look
+from robustav.training.settings import positive
 from robustav.training.weight_perturbation import buffers_kept, matrices, perturb
 
-Objective = Callable[[Tensor, Tensor], Tensor]  # logits and targets -> [batch]
-Start = Callable[[Tensor, str, torch.Generator], Tensor]
 STILL = 0.03  # epsilons: the noise from which TRADES and MART start, 0.001 at their epsilon of 0.031
-
-
-def attacked(work: Work) -> dict[str, Budget]:
-    """Budgets by modality, in the order of their names."""
-    if not work.budgets:
-        raise ValueError(
-            "`budgets` must name at least one modality for adversarial training, got none: give eps, such as 0.01"
-        )
-    if unknown := sorted(work.budgets.keys() - work.model.specs.keys()):
-        raise ValueError(f"`budgets` must name modalities among {sorted(work.model.specs)}, got also {unknown}")
-    return {m: work.budgets[m] for m in sorted(work.budgets)}
-
-
-def uniform(like: Float[Tensor, " batch *shape"], norm: str, generator: torch.Generator) -> Tensor:
-    """Uniform in the unit ball of a norm, one draw for the whole batch (on the CPU, whatever the device)."""
-    if norm == "linf":
-        return (2 * torch.rand(like.shape, generator=generator) - 1).to(like)
-    size = like[0].numel()
-    if norm == "l2":
-        direction = F.normalize(torch.randn(len(like), size, generator=generator), dim=1, eps=TINY)
-        point = direction * torch.rand(len(like), 1, generator=generator) ** (1 / size)
-    else:
-        # The first d of d + 1 exponentials over their sum are uniform in the simplex.
-        exponentials = torch.empty(len(like), size + 1).exponential_(generator=generator)
-        signs = 2 * torch.randint(0, 2, (len(like), size), generator=generator) - 1
-        point = exponentials[:, :-1] / exponentials.sum(1, keepdim=True) * signs
-    return point.reshape(like.shape).to(like)
-
-
-def gaussian(like: Float[Tensor, " batch *shape"], norm: str, generator: torch.Generator) -> Tensor:
-    """Gaussian noise of deviation 1 in linf, and about as long as the unit ball's radius in l2 and l1."""
-    spread = like[0].numel() ** -{"linf": 0.0, "l2": 0.5, "l1": 1.0}[norm]
-    return (spread * torch.randn(like.shape, generator=generator)).to(like)
-
-
-STARTS: dict[str, Start] = {
-    "none": lambda like, norm, generator: torch.zeros_like(like),
-    "uniform": uniform,
-    "gaussian": gaussian,
-}
-
-
-def within(budget: Budget, clean: Tensor, x: Tensor, clip: bool = True) -> Tensor:
-    """`x` moved back into the ball around `clean` (unless not to be clipped) and into the valid range."""
-    delta = x - clean
-    if budget.writable is not None:
-        delta = torch.where(budget.writable, delta, 0)
-    if clip:
-        delta = budget.rules.shorten(delta, budget.radius(clean))
-    return (clean + delta).clamp(budget.low, budget.high)
-
-
-def ascend(
-    work: Work,
-    inputs: Inputs,
-    targets: Float[Tensor, "batch class"],
-    *,
-    steps: int,
-    step_size: float,
-    start: str = "uniform",
-    start_size: float = 1.0,
-    clip: bool = True,
-    loss: Objective | None = None,
-) -> Inputs:
-    """Climb a loss (of plain training unless told) in all attacked modalities at once, for training.
-
-    `step_size` and `start_size` are in epsilons; without `clip` only the valid range bounds a point. The last point is
-    returned, in contrast to an evaluation's best one. Costs `steps` forward and backward passes a clip.
-    """
-    budgets, climbed = attacked(work), loss or work.loss
-    points = {}
-    for m, budget in budgets.items():
-        noise = STARTS[start](inputs[m], budget.norm, work.generator)
-        scale = per_sample(budget.radius(inputs[m]), inputs[m])
-        points[m] = within(budget, inputs[m], inputs[m] + start_size * scale * noise, clip).detach()
-    with work.crafting():
-        for _ in range(steps):
-            points = {m: x.detach().requires_grad_() for m, x in points.items()}
-            gradients = work.gradients(climbed(work.trace({**inputs, **points}).logits, targets).sum(), points)
-            for m, budget in budgets.items():
-                moved = budget.step(inputs[m], points[m].detach(), gradients[m], step_size)
-                points[m] = within(budget, inputs[m], moved, clip)
-    return {**inputs, **points}
-
-
-def divergence(
-    clean: Float[Tensor, "batch class"], moved: Float[Tensor, "batch class"], label_kind: LabelKind
-) -> Float[Tensor, " batch"]:
-    """Kullback-Leibler divergence of the moved prediction from the clean one, both given by logits.
-
-    Multi-label: each class is a Bernoulli of its own, and their divergences are summed.
-    """
-    clean, moved = _precise(clean), _precise(moved)
-    if label_kind == "multiclass":
-        return F.kl_div(moved.log_softmax(1), clean.log_softmax(1), reduction="none", log_target=True).sum(1)
-    return _bernoulli(clean, moved).sum(1)
-
-
-def _precise(logits: Tensor) -> Tensor:
-    """At least float32: a divergence is a small difference of terms that nearly cancel."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _bernoulli(clean: Tensor, moved: Tensor) -> Float[Tensor, "batch class"]:
-    yes = F.logsigmoid(clean) - F.logsigmoid(moved)
-    no = F.logsigmoid(-clean) - F.logsigmoid(-moved)
-    return clean.sigmoid() * yes + (-clean).sigmoid() * no
-
-
-def mart_losses(
-    clean: Float[Tensor, "batch class"],
-    adversarial: Float[Tensor, "batch class"],
-    targets: Float[Tensor, "batch class"],
-    weight: float,
-    label_kind: LabelKind,
-) -> Float[Tensor, " batch"]:
-    """Boosted cross-entropy at the adversarial point, and a divergence that counts most where the clean prediction errs
-    [Wang et al., 2020, ICLR, eq. 11].
-
-    `-log p_y(x') - log(1 - max_{k != y} p_k(x')) + weight KL(p(x) || p(x')) (1 - p_y(x))`. Multi-label: a class is a
-    problem of two classes, present or not, to which the formula applies; the sum over classes.
-    """
-    clean, adversarial = _precise(clean), _precise(adversarial)
-    if label_kind == "multilabel":
-        right = clean.sigmoid() * targets + (-clean).sigmoid() * (1 - targets)
-        return 2 * supervised(adversarial, targets, label_kind) + weight * (
-            _bernoulli(clean, adversarial) * (1 - right)
-        ).sum(1)
-    label = F.one_hot(targets.argmax(1), targets.shape[1]).bool()
-    rival = adversarial.masked_fill(label, float("-inf")).argmax(1, keepdim=True)
-    others = adversarial.scatter(1, rival, float("-inf")).logsumexp(1) - adversarial.logsumexp(1)
-    right = (clean.softmax(1) * targets).sum(1)
-    boosted = supervised(adversarial, targets, label_kind) - others
-    return boosted + weight * divergence(clean, adversarial, label_kind) * (1 - right)
-
-
-def positive(settings: object, *names: str) -> None:
-    """Raise `ValueError` unless these settings are above 0."""
-    for name in names:
-        if not (value := getattr(settings, name)) > 0:
-            raise ValueError(f"`{name}` must be above 0, got {value}")
 
 
 @dataclass(frozen=True)
@@ -328,6 +184,20 @@ class Free(Method):
         return torch.cat([kept, torch.zeros_like(x[len(kept) :])])
 
 
+def from_nearby(method: "TRADES | MART", work: Work, batch: Batch, loss: Objective | None = None) -> Inputs:
+    """Where an ascent leads that begins beside the clean point, at which a divergence from it is flat."""
+    return ascend(
+        work,
+        batch.inputs,
+        batch.targets,
+        steps=method.steps,
+        step_size=method.reach / method.steps,
+        start="gaussian",
+        start_size=STILL,
+        loss=loss,
+    )
+
+
 @dataclass(frozen=True)
 class TRADES(AdversarialTraining):
     """Be right on clean inputs and stand still under attack [Zhang et al., 2019, arXiv:1901.08573].
@@ -347,16 +217,7 @@ class TRADES(AdversarialTraining):
     def craft(self, work: Work, batch: Batch) -> Inputs:
         with work.crafting():
             clean = work.trace(batch.inputs).logits
-        return ascend(
-            work,
-            batch.inputs,
-            batch.targets,
-            steps=self.steps,
-            step_size=self.reach / self.steps,
-            start="gaussian",  # at the clean point itself the divergence is flat
-            start_size=STILL,
-            loss=lambda logits, _: divergence(clean, logits, work.model.label_kind),
-        )
+        return from_nearby(self, work, batch, lambda logits, _: divergence(clean, logits, work.model.label_kind))
 
     def losses_at(self, work: Work, batch: Batch, points: Inputs) -> Float[Tensor, " clip"]:
         clean, moved = work.trace(batch.inputs).logits, work.trace(points).logits
@@ -379,15 +240,7 @@ class MART(AdversarialTraining):
         positive(self, "weight", "steps", "reach")
 
     def craft(self, work: Work, batch: Batch) -> Inputs:
-        return ascend(
-            work,
-            batch.inputs,
-            batch.targets,
-            steps=self.steps,
-            step_size=self.reach / self.steps,
-            start="gaussian",
-            start_size=STILL,
-        )
+        return from_nearby(self, work, batch)
 
     def losses_at(self, work: Work, batch: Batch, points: Inputs) -> Float[Tensor, " clip"]:
         moved, clean = work.trace(points).logits, work.trace(batch.inputs).logits

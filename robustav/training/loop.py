@@ -3,13 +3,12 @@
 import copy
 import io
 import json
-import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
@@ -19,16 +18,14 @@ import torch
 from lightning_fabric import Fabric
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.distributed import is_torchelastic_launched
 
 import robustav
 from robustav.classifier import Classifier
 from robustav.data.samples import Progress
-from robustav.harness import pick_device
 from robustav.ledger import digest_of_model, write_atomically
 from robustav.models.asked import parse_model
-from robustav.models.checkpoints import digest_of_file, load_into, read_checkpoint
-from robustav.models.zoo import MODELS, build_model, load_model
+from robustav.models.checkpoints import digest_of_file
+from robustav.models.zoo import MODELS
 from robustav.prepare import channels_last
 from robustav.randomness import draw_for, seeded
 from robustav.training.augment import parse_augmentation
@@ -36,34 +33,13 @@ from robustav.training.data import batches_of, order_of, training_set
 from robustav.training.logs import Scalars, log_lines, no_scalars, tensorboard_scalars
 from robustav.training.method import Batch, Cost, Method, TrainingSet, Work
 from robustav.training.methods import parse_method
+from robustav.training.processes import average_buffers, average_gradients, launched, summed
 from robustav.training.recipe import DECLARED, PRECISIONS, Recipe, scores_of
+from robustav.training.trained import CARD, STATES, WEIGHTS, Trained, finished, initial, read_trained
 
-WEIGHTS, CARD, LOG = "model.safetensors", "card.json", "log.csv"
-STATES = "state-*.pt"
+LOG = "log.csv"
 SHOWN = 5  # clips that an error names, reasons that a card gives
 VALIDATED = 32  # clips at a time
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A finished training: its folder, and the card that says how it was made, what it scores and what it cost."""
-
-    folder: Path
-    card: Mapping[str, Any]
-
-    @property
-    def scores(self) -> dict[str, float]:
-        """Of the weights kept, on the validation clips; empty without any."""
-        return self.card["scores"]
-
-    @property
-    def cost(self) -> dict[str, Any]:
-        """Passes, seconds and memory that the training took."""
-        return self.card["cost"]
-
-    def model(self) -> Classifier:
-        """The trained model, in eval mode."""
-        return load_trained(self.folder)
 
 
 def train(
@@ -83,9 +59,9 @@ def train(
     for a loss or a gradient that is not finite.
     """
     folder = Path(folder)
-    if (done := _finished(recipe, folder)) is not None:
+    if (done := finished(recipe, folder)) is not None:
         return done
-    fabric = _launched(device, devices, recipe.precision)
+    fabric = launched(device, devices, PRECISIONS[recipe.precision])
     method = parse_method(recipe.method)
     training = _Training(recipe, method, folder, fabric, progress)
     scalars = tensorboard_scalars(folder, training.work.step) if tensorboard and fabric.is_global_zero else no_scalars
@@ -99,80 +75,12 @@ def train(
         return training.finish()
 
 
-def load_trained(folder: Path | str) -> Classifier:
-    """The model that `train` left in a folder, in eval mode, wrapped as its method wraps it."""
-    card = read_trained(folder)
-    recipe = replace(Recipe(**card["recipe"]), checkpoint=None)  # that file is not needed any more
-    model = _initial(recipe, parse_method(recipe.method))
-    path = Path(folder) / WEIGHTS
-    load_into(model, read_checkpoint(path), str(path))
-    return model.eval()
-
-
-def read_trained(folder: Path | str) -> dict[str, Any]:
-    """The card of a finished training; raises `ValueError` if there is none, or if it belongs to other weights."""
-    path = Path(folder) / CARD
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no trained model: give the folder that `robustav train` wrote")
-    card = json.loads(path.read_bytes())
-    if "sha256" not in card:
-        raise ValueError(f"the training in {folder} is not finished: the command that began it goes on where it was")
-    if digest_of_file(path.with_name(WEIGHTS)) != card["sha256"]:
-        raise ValueError(f"{path.with_name(WEIGHTS)} is not the file that its card describes: train again")
-    return card
-
-
-def _finished(recipe: Recipe, folder: Path) -> Trained | None:
-    """What a finished folder holds, None if there is something to do; raises `ValueError` for a folder of another recipe."""
-    path = folder / CARD
-    if not path.is_file():
-        if folder.exists() and not (folder.is_dir() and all(file.name.startswith(".") for file in folder.iterdir())):
-            what = "holds other files" if folder.is_dir() else "is a file"
-            raise ValueError(f"{folder} {what}: choose another --out, a new or an empty folder")
-        return None
-    before = json.loads(path.read_bytes())
-    if different := recipe.differences(before["recipe"]):
-        raise ValueError(
-            f"{folder} holds another training; they differ in {', '.join(different)}: choose another --out"
-        )
-    if "sha256" not in before:
-        return None
-    for left in folder.glob(STATES):
-        left.unlink(missing_ok=True)
-    return Trained(folder, read_trained(folder))
-
-
-def _launched(device: str, devices: int, precision: str) -> Fabric:
-    """Fabric on this process's device, as many processes as torchrun or `devices` says."""
-    chosen = pick_device(device)
-    if devices < 1:
-        raise ValueError(f"`devices` must be at least 1, got {devices}")
-    elastic = is_torchelastic_launched()
-    here, everywhere = (int(os.environ[n]) if elastic else devices for n in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-    fabric = Fabric(
-        accelerator=chosen.type,
-        devices=[chosen.index] if everywhere == 1 and chosen.index is not None else here,
-        num_nodes=max(1, everywhere // here),
-        strategy="auto" if everywhere == 1 else "ddp",
-        precision=PRECISIONS[precision],  # type: ignore[arg-type]
-    )
-    fabric.launch()
-    return fabric
-
-
-def _initial(recipe: Recipe, method: Method) -> Classifier:
-    """The model before its first step; the seed decides its weights, and no global generator moves."""
-    with seeded(recipe.seed, "weights"):
-        model = load_model(recipe.model, recipe.checkpoint)[0] if recipe.checkpoint else build_model(recipe.model)
-        return method.wrapped(model)
-
-
 class _Training:
     """A training in progress, and what of it is on disk."""
 
     def __init__(self, recipe: Recipe, method: Method, folder: Path, fabric: Fabric, progress: Progress | None) -> None:
         self.recipe, self.method, self.folder, self.fabric, self.progress = recipe, method, folder, fabric, progress
-        model = _initial(recipe, method)
+        model = initial(recipe, method)
         method.check(model)
         self.score = recipe.declared_score(model.label_kind)
         self.budgets = recipe.budgets(model)
@@ -259,7 +167,7 @@ class _Training:
         with torch.autocast(self.fabric.device.type, enabled=False):
             self.optimizer.zero_grad()
             self.fabric.backward(loss)
-            self._average_gradients()
+            average_gradients(self.fabric, self.parameters)
             if before_step is not None:
                 before_step()
             norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm or float("inf"))
@@ -278,16 +186,6 @@ class _Training:
                 f"the {what} of step {self.work.step + 1} (epoch {self.work.epoch + 1}) is {value.item()}, with the clips "
                 f"{', '.join(clips[:SHOWN])}{more}: lower `learning_rate`, set `clip_norm`, or look at those clips"
             )
-
-    def _average_gradients(self) -> None:
-        # By hand and not by a wrapper round the model, so that methods may call its stages, as often as they like.
-        if self.fabric.world_size == 1:
-            return
-        moving = [(p, p.grad) for p in self.parameters if p.grad is not None]  # the same ones in every process
-        flat = torch.cat([gradient.flatten() for _, gradient in moving])
-        self.fabric.all_reduce(flat, reduce_op="mean")
-        for (parameter, _), gradient in zip(moving, flat.split([p.numel() for p, _ in moving]), strict=True):
-            parameter.grad = gradient.view_as(parameter)
 
     def done(self, loss: Tensor) -> None:
         """Count a step."""
@@ -312,13 +210,18 @@ class _Training:
                 self.method.begin(work)
                 self.begun = True
             yield
-        self._average_buffers()
+        average_buffers(fabric, work.model, work.averaged)
         seconds = time.perf_counter() - began
         self.seconds += seconds
         self.cpu_seconds += time.process_time() - cpu_began
         self.peak = max(self.peak, peak_memory(fabric.device))
-        loss, norm, clips, forwards, backwards = self._over_processes(
-            mean(self.losses), mean(self.norms or [0.0]), work.cost.clips, work.cost.forwards, work.cost.backwards
+        loss, norm, clips, forwards, backwards = summed(
+            self.fabric,
+            mean(self.losses),
+            mean(self.norms or [0.0]),
+            work.cost.clips,
+            work.cost.forwards,
+            work.cost.backwards,
         )
         line = {"epoch": work.epoch + 1, "step": work.step, "learning_rate": self.optimizer.param_groups[0]["lr"]}
         line |= {"loss": loss / fabric.world_size, "gradient_norm": norm / fabric.world_size}
@@ -342,7 +245,7 @@ class _Training:
             weights = _copied(self.work.averaged) if recipe.keep == "best" else {}
             self.best = {"score": line[self.score], "epoch": self.work.epoch, "weights": weights}
         out_of_patience = recipe.patience > 0 and self.work.epoch - self.best["epoch"] >= recipe.patience
-        (enough,) = self._over_processes(self.method.finished(self.work))
+        (enough,) = summed(self.fabric, self.method.finished(self.work))
         self.stopped = out_of_patience or enough > 0
 
     def _validated(self) -> dict[str, float]:
@@ -358,20 +261,6 @@ class _Training:
                 logits[rows.to(fabric.device)] = self.work.averaged(inputs).float()
         fabric.all_reduce(logits, reduce_op="sum")
         return scores_of(logits.cpu(), targets, self.work.model.label_kind)
-
-    def _average_buffers(self) -> None:
-        """Statistics of batch norms are each process's own until here."""
-        if self.fabric.world_size == 1:
-            return
-        for buffer in [*self.work.model.buffers(), *self.work.averaged.buffers()]:
-            if buffer.is_floating_point():
-                self.fabric.all_reduce(buffer, reduce_op="mean")
-
-    def _over_processes(self, *values: float) -> list[float]:
-        """Sums."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.fabric.device)
-        self.fabric.all_reduce(total, reduce_op="sum")
-        return total.tolist()
 
     def _save(self) -> None:
         """Everything that the next epoch depends on, a file a process; then the one before is of no use."""
@@ -425,7 +314,7 @@ class _Training:
 
     def finish(self) -> Trained:
         """Write weights and card, and remove what only a killed training needs."""
-        peak, cpu_seconds = self._over_processes(self.peak, self.cpu_seconds)
+        peak, cpu_seconds = summed(self.fabric, self.peak, self.cpu_seconds)
         if self.fabric.is_global_zero:
             best = self.recipe.keep == "best"
             write_atomically(self.folder / WEIGHTS, save(self.best["weights"] if best else _copied(self.work.averaged)))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from inspect import getdoc
 
-from robustav.training import adversarial, defences, guided, mixing, remembered
+from robustav.training import adversarial, defences, guided, guided_fgsm, mixups, remembered
 from robustav.training.method import Method
 from robustav.training.settings import parse_call, read_settings, settings_of
 
@@ -15,8 +15,9 @@ class ERM(Method):
 
 METHODS: dict[str, type[Method]] = {
     "erm": ERM,
-    **mixing.METHODS,
+    **mixups.METHODS,
     **guided.METHODS,
+    **guided_fgsm.METHODS,
     **adversarial.METHODS,
     **remembered.METHODS,
     **defences.METHODS,

@@ -4,11 +4,12 @@ import logging
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from robustav.classifier import Inputs
 from robustav.losses import top1_margin
 from robustav.training.method import Batch, Work
+from robustav.training.processes import averaged
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def look(work: Work, single_step: Craft, pgd: Craft, *, fall: float, watch: str)
     device = next(work.model.parameters()).device
     inputs = {m: x.to(device) for m, x in work.data.inputs(rows).items()}
     batch = Batch(inputs, work.data.targets[rows].to(device), rows)
-    faced = over_processes(torch.cat([_faced(work, batch, craft) for craft in (single_step, pgd)])).cpu()
+    faced = averaged(torch.cat([_faced(work, batch, craft) for craft in (single_step, pgd)])).cpu()
     seen = torch.stack([torch.tensor(float(work.step + 1)), faced[0], faced[2], faced[1], faced[3]])
     history = torch.cat([work.memory.get(HISTORY, seen[:0].reshape(0, len(COLUMNS))).cpu(), seen[None]])
     work.memory[HISTORY] = history
@@ -62,14 +63,6 @@ def look(work: Work, single_step: Craft, pgd: Craft, *, fall: float, watch: str)
     if watch == "stop":
         work.memory[STOPPED] = torch.ones(())
     return True
-
-
-def over_processes(values: Tensor) -> Tensor:
-    """Means: each process looks at clips of its own, and all must come to one verdict."""
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(values)
-        return values / distributed.get_world_size()
-    return values
 
 
 def _faced(work: Work, batch: Batch, craft: Craft) -> Tensor:

@@ -13,9 +13,10 @@ from torch import Tensor, distributed
 
 from robustav.classifier import Inputs
 from robustav.threat import Budget
-from robustav.training.adversarial import attacked, positive, within
+from robustav.training.ascent import attacked, within
 from robustav.training.guided import GuidedMixup
 from robustav.training.method import Batch, Method, Work
+from robustav.training.settings import positive
 
 SIGNS, LATEST, SHARE = "remembered/signs/{}", "remembered/latest", "remembered/moved"
 EXCHANGED = 2**24  # bytes that processes exchange at once

@@ -78,3 +78,10 @@ def _read(text: str, kind: Any, what: str) -> Any:
         return int(text) if kind is int else float(parse_number(text)) if kind is float else text
     except ValueError:
         raise ValueError(f"{what} must be a {'whole ' if kind is int else ''}number, got {text!r}") from None
+
+
+def positive(settings: object, *names: str) -> None:
+    """Raise `ValueError` unless these settings are above 0."""
+    for name in names:
+        if not (value := getattr(settings, name)) > 0:
+            raise ValueError(f"`{name}` must be above 0, got {value}")

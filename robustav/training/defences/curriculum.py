@@ -10,9 +10,10 @@ from torch import Tensor
 from robustav.attacks import APGD, Attack, Restarts
 from robustav.classifier import Classifier, Inputs, InputSpec
 from robustav.norms import per_sample
-from robustav.training.adversarial import attacked, positive, uniform, within
+from robustav.training.ascent import attacked, uniform, within
 from robustav.training.defences.defended import Defended, defended
 from robustav.training.method import Batch, Method, Work
+from robustav.training.settings import positive
 
 NAME = "av-curriculum"
 LONGEST_STEP = 1.25  # epsilons, of a single step [Wong et al., 2020, arXiv:2001.03994]

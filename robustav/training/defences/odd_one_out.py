@@ -14,10 +14,11 @@ from robustav.classifier import Classifier, Inputs, Trace
 from robustav.goals import Goal
 from robustav.models.small import head
 from robustav.threat import ThreatModel
-from robustav.training.adversarial import ascend, positive
+from robustav.training.ascent import ascend
 from robustav.training.defences.adaptive import Way, Ways
 from robustav.training.defences.defended import Defended, defended, parts, side_by_side, widths
 from robustav.training.method import Batch, Method, Work
+from robustav.training.settings import positive
 
 NAME = "odd-one-out"
 CERTAIN = 1e4  # a logit of the gate that leaves the other experts nothing

@@ -1,0 +1,90 @@
+"""What a training leaves in its folder: weights, and the card that says how they were made."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from robustav.classifier import Classifier
+from robustav.models.checkpoints import digest_of_file, load_into, read_checkpoint
+from robustav.models.zoo import build_model, load_model
+from robustav.randomness import seeded
+from robustav.training.method import Method
+from robustav.training.methods import parse_method
+from robustav.training.recipe import Recipe
+
+WEIGHTS, CARD = "model.safetensors", "card.json"
+STATES = "state-*.pt"  # what a killed training goes on from
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training: its folder, and the card that says how it was made, what it scores and what it cost."""
+
+    folder: Path
+    card: Mapping[str, Any]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Of the weights kept, on the validation clips; empty without any."""
+        return self.card["scores"]
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """Passes, seconds and memory that the training took."""
+        return self.card["cost"]
+
+    def model(self) -> Classifier:
+        """The trained model, in eval mode."""
+        return load_trained(self.folder)
+
+
+def load_trained(folder: Path | str) -> Classifier:
+    """The model that `train` left in a folder, in eval mode, wrapped as its method wraps it."""
+    card = read_trained(folder)
+    recipe = replace(Recipe(**card["recipe"]), checkpoint=None)  # that file is not needed any more
+    model = initial(recipe, parse_method(recipe.method))
+    path = Path(folder) / WEIGHTS
+    load_into(model, read_checkpoint(path), str(path))
+    return model.eval()
+
+
+def read_trained(folder: Path | str) -> dict[str, Any]:
+    """The card of a finished training; raises `ValueError` if there is none, or if it belongs to other weights."""
+    path = Path(folder) / CARD
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no trained model: give the folder that `robustav train` wrote")
+    card = json.loads(path.read_bytes())
+    if "sha256" not in card:
+        raise ValueError(f"the training in {folder} is not finished: the command that began it goes on where it was")
+    if digest_of_file(path.with_name(WEIGHTS)) != card["sha256"]:
+        raise ValueError(f"{path.with_name(WEIGHTS)} is not the file that its card describes: train again")
+    return card
+
+
+def finished(recipe: Recipe, folder: Path) -> Trained | None:
+    """What a finished folder holds, None if there is something to do; raises `ValueError` for a folder of another recipe."""
+    path = folder / CARD
+    if not path.is_file():
+        if folder.exists() and not (folder.is_dir() and all(file.name.startswith(".") for file in folder.iterdir())):
+            what = "holds other files" if folder.is_dir() else "is a file"
+            raise ValueError(f"{folder} {what}: choose another --out, a new or an empty folder")
+        return None
+    before = json.loads(path.read_bytes())
+    if different := recipe.differences(before["recipe"]):
+        raise ValueError(
+            f"{folder} holds another training; they differ in {', '.join(different)}: choose another --out"
+        )
+    if "sha256" not in before:
+        return None
+    for left in folder.glob(STATES):
+        left.unlink(missing_ok=True)
+    return Trained(folder, read_trained(folder))
+
+
+def initial(recipe: Recipe, method: Method) -> Classifier:
+    """The model before its first step; the seed decides its weights, and no global generator moves."""
+    with seeded(recipe.seed, "weights"):
+        model = load_model(recipe.model, recipe.checkpoint)[0] if recipe.checkpoint else build_model(recipe.model)
+        return method.wrapped(model)
