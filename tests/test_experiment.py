@@ -13,6 +13,7 @@ from robustav import evaluation
 from robustav.classifier import LateFusion
 from robustav.experiment import run as running
 from robustav.experiment.details import latents, second_opinions
+from robustav.experiment.figures import _numbers
 from robustav.experiment.fused import against_single, vulnerability
 from robustav.experiment.protection import comparisons, gaps
 from robustav.experiment.recipe import Asked, parse_recipe, read_recipe
@@ -666,6 +667,14 @@ def test_vulnerability_is_told_of_epsilons_that_differ_by_modality():
     }
     (grid,) = vulnerability(tables_of(synthetic(scores, epsilon=levels[1])))
     assert grid.body[0][4][0] == "audio 0.0013, visual 0.02" and grid.body[0][3][0] == "0.750"
+
+
+def test_ticks_have_an_epsilon_a_line_where_they_differ():
+    levels = "audio=0.0025,visual=1/250"
+    assert [_numbers(levels, parts) for parts in (["audio"], ["visual"], ["audio", "visual"])] == [
+        "0.0025", "0.004", "0.0025\n0.004",
+    ]  # fmt: skip
+    assert _numbers("0.01", ["audio", "visual"]) == "0.01" and _numbers("snr=30dB", ["audio"]) == "snr=30dB"
 
 
 def test_fused_models_are_held_against_the_model_of_what_is_attacked():

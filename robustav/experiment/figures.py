@@ -65,7 +65,7 @@ def by_cost(tables: Tables) -> Figure:
         axis.set_xlim(low, high)
         axis.set_xticks([tick for tick in (0.5, 1, 2, 4, 8, 16, 32, 64) if low <= tick <= high])
     axes[0].set_ylim(bottom=0)  # of all panels, once everything is drawn
-    return _finished(figure, axes, f"{tables.scores.headline}, all modalities attacked, epsilon {tables.epsilon}")
+    return _finished(figure, axes, tables.scores.headline, f"all modalities attacked at epsilon {tables.epsilon}")
 
 
 def by_mode(tables: Tables) -> Figure:
@@ -104,10 +104,20 @@ def by_epsilon(tables: Tables) -> Figure:
             x, y = [i for i, _ in found], [score.mean for _, score in found]
             axis.plot(x, y, marker=marker, color=colour, ms=4, lw=1.2, label=method)
         axis.axhline(tables.scores.chance, **CHANCE)
-        ticks = ["0", *(where.epsilon for where in places[1:])]
-        axis.set(title=model, xlabel="epsilon", ylim=(0, 1), xticks=range(len(places)))
-        axis.set_xticklabels(ticks, rotation=0 if all(np.isfinite(number_of(t)) for t in ticks) else 30)
-    return _finished(figure, axes, f"{tables.scores.headline}, all modalities attacked")
+        parts = sorted(results.experiment.models[model])
+        ticks = ["0", *(_numbers(where.epsilon, parts) for where in places[1:])]
+        several = any("\n" in tick for tick in ticks)
+        label = f"epsilon: {', then '.join(parts)}" if several else "epsilon"
+        axis.set(title=model, xlabel=label, ylim=(0, 1), xticks=range(len(places)), xticklabels=ticks)
+    return _finished(figure, axes, tables.scores.headline, "all modalities attacked")
+
+
+def _numbers(epsilon: str, parts: Sequence[str]) -> str:
+    """An epsilon for a tick: its number, a line a modality where they differ; as it is where it is no number."""
+    numbers = [number_of(epsilon, part) for part in parts]
+    if np.isnan(numbers).any():
+        return epsilon
+    return "\n".join(dict.fromkeys(f"{number:g}" for number in numbers))
 
 
 def _panels(
@@ -128,12 +138,9 @@ def _methods(results: Results, model: str) -> list[str]:
     return [method for other, method in results.trainings() if other == model]
 
 
-def _looks(results: Results) -> Mapping[str, tuple[object, str]]:
-    """A colour and a marker for each method; neighbours in the legend are far apart on the colour wheel."""
-    methods: Sequence[str] = results.experiment.methods
-    wheel = sns.color_palette("husl", len(methods))
-    colours = [wheel[i] for start in range(3) for i in range(start, len(methods), 3)]
-    return {m: (colours[i], MARKERS[i % len(MARKERS)]) for i, m in enumerate(methods)}
+def _looks(results: Results) -> Mapping[str, tuple[str, str]]:
+    """A colour and a marker for each method; of more methods than colours, those alike have other markers."""
+    return {m: (f"C{i % 10}", MARKERS[i % len(MARKERS)]) for i, m in enumerate(results.experiment.methods)}
 
 
 def _point(
