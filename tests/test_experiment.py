@@ -187,6 +187,28 @@ def test_attacked_sets_are_those_that_a_model_has():
         ({"training": {"data": "tiny", "epochs": 0}}, "`epochs` must be above 0, got 0"),
         ({"training": {"data": "tiny", "eps": "a"}}, "must be a number or a fraction"),
         ({"training": 3}, "`training` must be a table, got 3"),
+        ({"training": {"epochs": "3"}}, "`training.epochs` must be a whole number, got '3'"),
+        ({"training": {"epochs": 2.5}}, "`training.epochs` must be a whole number, got 2.5"),
+        ({"training": {"learning_rate": True}}, "`training.learning_rate` must be a number, got True"),
+        ({"training": {"cosine": 1}}, "`training.cosine` must be true or false, got 1"),
+        ({"training": {"method": "erm", "augment": 2}}, "`training` has no key 'method'"),
+        ({"training": {"augment": 2}}, "`training.augment` must be text, got 2"),
+        ({"training": {"eps": [0.1]}}, r"`training.eps` must be text, got \[0.1\]"),
+        (
+            {"training": {"eps": {"visual": 0.1}}},
+            "`training.eps` must cover audio, which test_experiment:tiny_audio reads",
+        ),
+        (
+            {"methods": {"erm": {"method": "erm", "limit": "many"}}},
+            "`training.limit` must be a whole number, got 'many'",
+        ),
+        (
+            {"methods": {"erm": {"method": "erm", "models": "heard"}}},
+            "`methods.erm.models` must be a list, got 'heard'",
+        ),
+        ({"training": {"norm": "l2"}, "methods": {"erm": "remembered"}}, "`norm` must be linf, since signs are"),
+        ({"data": 3}, "`evaluations.quick.data` must be text, got 3"),
+        ({"seeds": [True, False]}, r"`seeds` must be different whole numbers from 0 on.* got \[True, False\]"),
         ({"evaluations": []}, r"a recipe needs at least one \[\[evaluations\]\] table, got \[\]"),
         ({"evaluations": [without(EVALUATION, "name")]}, "an evaluation needs a `name`.* got None"),
         ({"evaluations": [{**EVALUATION, "name": "metrics"}]}, "an evaluation needs a `name`.* got 'metrics'"),
@@ -198,10 +220,17 @@ def test_attacked_sets_are_those_that_a_model_has():
         ({"evaluations": [{**EVALUATION, "attacks": "pgdd"}]}, "no attack 'pgdd'"),
         ({"evaluations": [{**EVALUATION, "seeds": [5]}]}, r"`seeds` of an evaluation must be among \[0, 1\], got 5"),
         ({"evaluations": [{**EVALUATION, "eps": "x"}]}, "must be a number or a fraction"),
+        (
+            {"evaluations": [{**EVALUATION, "limit": "all"}]},
+            "`evaluations.quick.limit` must be a whole number, got 'all'",
+        ),
+        ({"evaluations": [{**EVALUATION, "norm": 2}]}, "`evaluations.quick.norm` must be text, got 2"),
         ({"epsilon": "0.5"}, "`epsilon` must be one of the first evaluation's, 0.01, 0.02, got '0.5'"),
         ({"metrics": {"layer": []}}, "`metrics` has no key 'layer': there are data, layers"),
         ({"metrics": {"density": False, "convexity": False}}, "`metrics` must ask for density or convexity"),
         ({"metrics": {"limit": -1}}, "`limit` must not be negative"),
+        ({"metrics": {"layers": [1]}}, r"`metrics.layers` must be a list of texts, got \[1\]"),
+        ({"metrics": {"k": 2.5}}, "`metrics.k` must be a whole number, got 2.5"),
         ({"metrics": {"pairs": 0}}, "`pairs` must be at least 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -209,6 +238,17 @@ def test_attacked_sets_are_those_that_a_model_has():
 def test_what_is_wrong_in_a_recipe_is_said(changes, words):
     with pytest.raises(ValueError, match=words):
         parse_recipe({**GIVEN, **changes})
+
+
+def test_an_evaluation_must_cover_what_some_model_reads():
+    given = {**GIVEN, "models": {"heard": "test_experiment:tiny_audio"}}
+    with pytest.raises(ValueError, match="`eps` of the evaluation 'quick' must cover what a model reads, got none"):
+        parse_recipe({**given, "evaluations": [{**EVALUATION, "eps": {"visual": 0.1}}]})
+
+
+def test_a_budget_may_be_a_number():
+    given = {**GIVEN, "training": {**GIVEN["training"], "eps": 0.003}}
+    assert {unit.training.eps for unit in parse_recipe(given).units} == {"0.003"}
 
 
 def test_a_recipe_that_is_not_there_or_no_toml(tmp_path):

@@ -30,7 +30,7 @@ from robustav.training.method import Batch, Method, Work
 from robustav.training.methods import METHODS, described, parse_method
 from robustav.training.recipe import Recipe, scores_of
 from robustav.training.settings import parse_call, read_settings, settings_of
-from robustav.training.trained import Trained, initial, load_trained, read_trained
+from robustav.training.trained import CARD, Trained, initial, load_trained, read_trained
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -808,6 +808,41 @@ def test_folders_without_a_trained_model_are_refused(tiny: Tiny, tmp_path: Path)
     (tmp_path / "a/model.safetensors").write_bytes(b"other")
     with pytest.raises(ValueError, match="is not the file that its card describes: train again"):
         load_trained(tmp_path / "a")
+    (tmp_path / "a/model.safetensors").unlink()
+    with pytest.raises(ValueError, match="safetensors is missing: train again, in a new folder"):
+        load_trained(tmp_path / "a")
+    for damaged, words in (
+        (b'{"recipe": ', r"is damaged \(.*\): train again"),
+        (b"[]", "is not the card of a training"),
+    ):
+        (tmp_path / "a" / CARD).write_bytes(damaged)
+        with pytest.raises(ValueError, match=words):
+            read_trained(tmp_path / "a")
+        with pytest.raises(ValueError, match=words):
+            train(short(), tmp_path / "a")
+
+
+class Frozen(nn.Module):
+    """Runs its network without gradients, as code for inference does."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @torch.no_grad()
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.network(*inputs)
+
+
+def test_models_that_cannot_learn_are_refused(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_fusion().requires_grad_(False)
+    monkeypatch.setattr(loop, "initial", lambda *_: model)
+    with pytest.raises(ValueError, match="`model` must have parameters to train, got none that requires a gradient"):
+        train(short(), tmp_path / "a")
+    model = tiny_fusion()
+    model.head = Frozen(model.head)
+    with pytest.raises(ValueError, match="the loss does not depend on the model's parameters"):
+        train(short(), tmp_path / "b")
 
 
 def test_a_trained_folder_is_a_model_by_name(tiny: Tiny, tmp_path: Path) -> None:

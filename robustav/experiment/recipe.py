@@ -14,7 +14,9 @@ from robustav.geometry.survey import Survey
 from robustav.models.zoo import inputs_of
 from robustav.study import Wanted
 from robustav.threat import parse_epsilons
+from robustav.training.methods import parse_method
 from robustav.training.recipe import Recipe as Training
+from robustav.training.settings import check_types
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -180,6 +182,10 @@ def parse_recipe(given: Mapping[str, Any]) -> Experiment:
         if named is not None and named not in methods:
             raise ValueError(f"`{key}` must be one of the methods {', '.join(methods)}, got {named!r}")
     labels = list(dict.fromkeys(e for specs in reads.values() for e in evaluations[0].levels(specs)))
+    if not labels:
+        raise ValueError(
+            f"`eps` of the evaluation {evaluations[0].name!r} must cover what a model reads, got none that does"
+        )
     epsilon = str(given.get("epsilon", labels[-1]))
     if epsilon not in labels:
         raise ValueError(f"`epsilon` must be one of the first evaluation's, {', '.join(labels)}, got {epsilon!r}")
@@ -223,6 +229,8 @@ def _method(
         raise ValueError(f'`methods.{label}` needs its `method`, as in method = "pgd-at(steps=7)"')
     table["models"] = table.get("models", list(models))
     for name, chosen, there in (("models", table["models"], models), ("seeds", table.get("seeds", []), seeds)):
+        if not isinstance(chosen, list):
+            raise ValueError(f"`methods.{label}.{name}` must be a list, got {chosen!r}")
         if missing := [one for one in chosen if one not in there]:
             raise ValueError(f"`methods.{label}.{name}` names {missing[0]!r}: there are {', '.join(map(str, there))}")
     table["seeds"] = table.get("seeds", list(seeds))
@@ -230,11 +238,20 @@ def _method(
 
 
 def _training(name: str, seed: int, settings: Mapping[str, Any], model: Classifier) -> Training:
-    settings = dict(settings)
-    if isinstance(settings.get("eps"), Mapping):
-        settings["eps"] = fitted(settings["eps"], model.specs)
+    settings, eps = dict(settings), settings.get("eps")
+    if isinstance(eps, Mapping):
+        settings["eps"] = fitted(eps, model.specs)
+        if not settings["eps"]:
+            raise ValueError(
+                f"`training.eps` must cover {' or '.join(model.specs)}, which {name} reads, got {dict(eps)}"
+            )
+    elif isinstance(eps, int | float) and not isinstance(eps, bool):
+        settings["eps"] = str(eps)
+    check_types(Training, settings, "training")
     training = Training(model=name, seed=seed, **settings)
-    training.budgets(model)  # which says whether they fit
+    method = parse_method(training.method)
+    method.check(model)
+    method.check_budgets(training.budgets(model))
     return training
 
 
@@ -256,7 +273,9 @@ def _evaluations(given: Mapping[str, Any], seeds: Sequence[int]) -> list[Asked]:
         if chosen and (missing := [seed for seed in chosen if seed not in seeds]):
             raise ValueError(f"`seeds` of an evaluation must be among {list(seeds)}, got {missing[0]}")
         eps, attacked = _many(settings.pop("eps", "0.01")), _many(settings.pop("attacked", ()))
-        settings.setdefault("data", given.get("data"))
+        if "data" in given:
+            settings.setdefault("data", given["data"])
+        check_types(Evaluation, settings, f"evaluations.{name}")
         made.append(Asked(name, eps, tuple(map(str, attacked)), settings, chosen))
     return made
 
@@ -266,6 +285,7 @@ def _metrics(given: Mapping[str, Any], model: str) -> Metrics | None:
         return None
     settings = _table(given, "metrics", object, needed=False)
     known("`metrics`", settings, [f.name for f in fields(Metrics)])
+    check_types(Metrics, settings, "metrics")
     made = Metrics(**{"data": given.get("data"), **_frozen(settings)})
     made.survey(model, "cpu")  # this and the next look at their own settings
     made.wanted()
@@ -273,7 +293,7 @@ def _metrics(given: Mapping[str, Any], model: str) -> Metrics | None:
 
 
 def _seeds(where: str, given: Any) -> tuple[int, ...]:
-    whole = isinstance(given, Sequence) and all(isinstance(one, int) and one >= 0 for one in given)
+    whole = isinstance(given, Sequence) and all(type(one) is int and one >= 0 for one in given)
     if not whole or not given or len(set(given)) < len(given):
         raise ValueError(f"{where} must be different whole numbers from 0 on, as in [0, 1, 2], got {given!r}")
     return tuple(given)

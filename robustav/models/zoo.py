@@ -82,7 +82,7 @@ def load_model(
         model = load_trained(rest)
         about |= {"summary": f"{card['recipe']['model']}, {card['method']}", "training": card}
         about |= {"checkpoint": WEIGHTS, "checkpoint_sha256": card["sha256"]}
-    elif ":" in asked.name:
+    elif ":" in asked.name and rest:
         _known(asked)
         model = from_factory(asked.name)
     else:

@@ -102,6 +102,8 @@ class _Training:
             channels_last(model)
         averaged = copy.deepcopy(model).eval().requires_grad_(False)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("`model` must have parameters to train, got none that requires a gradient")
         self.optimizer = _optimizer(recipe, self.parameters)
         steps = recipe.epochs * batches
         generator = torch.Generator()
@@ -163,6 +165,10 @@ class _Training:
 
     def _apply(self, loss: Tensor, before_step: Callable[[], None] | None) -> None:
         """One update: gradients averaged over processes, clipped, a step, and the running mean follows."""
+        if not loss.requires_grad:
+            raise ValueError(
+                "the loss does not depend on the model's parameters: is its forward pass under torch.no_grad?"
+            )
         self._refuse_unless_finite(loss, "loss")
         with torch.autocast(self.fabric.device.type, enabled=False):
             self.optimizer.zero_grad()

@@ -2,6 +2,7 @@
 
 import re
 import types
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -37,6 +38,36 @@ def read_settings(made: type, given: dict[str, str], name: str) -> dict[str, Any
         raise ValueError(f"{name} has no setting {unknown[0]!r}; it has {settings_of(made) or 'none'}")
     hints = get_type_hints(made)
     return {key: _read(text, hints[key], f"`{key}` of {name}") for key, text in given.items()}
+
+
+def check_types(made: type, given: Mapping[str, Any], where: str) -> None:
+    """Raise `ValueError` for a value, as TOML has it, that is not what the annotations of the dataclass `made` ask for."""
+    hints = get_type_hints(made)
+    for key, value in given.items():
+        wanted = [_words_if_not(value, kind) for kind in _alternatives(hints[key])]
+        if all(wanted):
+            raise ValueError(f"`{where}.{key}` must be {' or '.join(filter(None, wanted))}, got {value!r}")
+
+
+def _alternatives(kind: Any) -> list[Any]:
+    union = get_origin(kind) in (Union, types.UnionType)
+    return [one for one in (get_args(kind) if union else [kind]) if one is not type(None)]
+
+
+def _words_if_not(value: Any, kind: Any) -> str:
+    """What the kind is called; empty if the value is one."""
+    if get_origin(kind) in (tuple, Sequence):
+        inner = get_args(kind)[0]
+        many = [value] if isinstance(value, str) else value
+        fits = isinstance(many, Sequence) and not any(_words_if_not(one, inner) for one in many)
+        return "" if fits else f"a list of {'texts' if inner is str else 'numbers'}"
+    if kind is bool:
+        return "" if isinstance(value, bool) else "true or false"
+    if kind in (int, float):
+        numbers = (int, float) if kind is float else int
+        fits = isinstance(value, numbers) and not isinstance(value, bool)
+        return "" if fits else f"a {'whole ' if kind is int else ''}number"
+    return "" if isinstance(value, str) else "text"
 
 
 def settings_of(made: type) -> str:

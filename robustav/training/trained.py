@@ -55,11 +55,23 @@ def read_trained(folder: Path | str) -> dict[str, Any]:
     path = Path(folder) / CARD
     if not path.is_file():
         raise ValueError(f"{folder} holds no trained model: give the folder that `robustav train` wrote")
-    card = json.loads(path.read_bytes())
+    card = _card_at(path)
     if "sha256" not in card:
         raise ValueError(f"the training in {folder} is not finished: the command that began it goes on where it was")
+    if not path.with_name(WEIGHTS).is_file():
+        raise ValueError(f"{path.with_name(WEIGHTS)} is missing: train again, in a new folder")
     if digest_of_file(path.with_name(WEIGHTS)) != card["sha256"]:
         raise ValueError(f"{path.with_name(WEIGHTS)} is not the file that its card describes: train again")
+    return card
+
+
+def _card_at(path: Path) -> dict[str, Any]:
+    try:
+        card = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): train again, in a new folder") from error
+    if not isinstance(card, dict) or not isinstance(card.get("recipe"), dict):
+        raise ValueError(f"{path} is not the card of a training: give the folder that `robustav train` wrote")
     return card
 
 
@@ -71,7 +83,7 @@ def finished(recipe: Recipe, folder: Path) -> Trained | None:
             what = "holds other files" if folder.is_dir() else "is a file"
             raise ValueError(f"{folder} {what}: choose another --out, a new or an empty folder")
         return None
-    before = json.loads(path.read_bytes())
+    before = _card_at(path)
     if different := recipe.differences(before["recipe"]):
         raise ValueError(
             f"{folder} holds another training; they differ in {', '.join(different)}: choose another --out"
