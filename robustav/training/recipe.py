@@ -76,6 +76,8 @@ class Recipe:
             self._within(name, 0, math.inf)
         for name in ("warmup", "ramp", "ema", "momentum"):
             self._within(name, 0, 1)
+        if self.optimizer != "sgd" and self.momentum != Recipe.momentum:
+            raise ValueError(f"`momentum` is of sgd, got {self.momentum} with {self.optimizer}: leave one of them out")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"`limit` must be at least 1, got {self.limit}: leave it out for all clips")
         if self.data in ("av-events", f"{AV_EVENTS}test"):
@@ -142,9 +144,10 @@ class Recipe:
             if own.get(name) != other.get(name)
         ]
 
-    def _one_of(self, name: str, known: tuple) -> None:
+    def _one_of(self, name: str, known: tuple[str | None, ...]) -> None:
         if getattr(self, name) not in known:
-            raise ValueError(f"`{name}` must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
+            named = ", ".join(filter(None, known))
+            raise ValueError(f"`{name}` must be one of {named}, got {getattr(self, name)!r}")
 
     def _within(self, name: str, low: float, high: float, low_too: bool = True) -> None:
         value = getattr(self, name)
