@@ -509,7 +509,7 @@ def bumpy_work() -> Work:
 
 def overfitted(watch: str) -> tuple[Work, FGSMRS]:
     """One sound epoch of four steps, then one in which the bump has grown."""
-    work, method = bumpy_work(), FGSMRS(watch=watch, watch_clips=20)
+    work, method = bumpy_work(), FGSMRS(watch=watch, **({} if watch == "off" else {"watch_clips": 20}))
     method.begin(work)
     for work.step in range(8):
         if work.step == 5:
@@ -591,18 +591,25 @@ def test_the_watch_leaves_mode_and_gradients_alone():
 
 
 @pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
-def test_no_budget_is_refused_before_the_first_step(make):
-    work = tiny_work(budgets={})
+def test_an_adversary_without_a_budget_is_refused(make):
+    model = tiny_fusion()
+    make().check_budgets(model, wide("linf", 0.1, "audio"))
+    make().check_budgets(model, {"audio": Budget("l2", snr_db=30.0)})
     with pytest.raises(ValueError, match=r"`budgets` must name at least one modality.*give eps"):
-        make().begin(work)
-    with pytest.raises(ValueError, match=r"`budgets` must name at least one modality"):
-        make().train_step(work, batch(work))
+        make().check_budgets(model, {})
+    with pytest.raises(ValueError, match="`eps` must be above 0 for adversarial training, got 0 for visual"):
+        make().check_budgets(model, wide("linf", 0.1, "audio") | wide("linf", 0.0, "visual"))
 
 
 def test_a_budget_for_a_modality_that_is_not_there_is_refused():
-    work = tiny_work(budgets=wide("linf", 0.1, "audio", "touch"))
     with pytest.raises(ValueError, match=r"among \['audio', 'visual'\], got also \['touch'\]"):
-        PGDTraining().begin(work)
+        PGDTraining().check_budgets(tiny_fusion(), wide("linf", 0.1, "audio", "touch"))
+
+
+def test_the_watch_has_no_settings_where_it_is_off():
+    for settings in ({"watch_clips": 20}, {"watch_fall": 0.3}):
+        with pytest.raises(ValueError, match="`watch_clips` and `watch_fall` go with a `watch`, which is off"):
+            FGSMRS(watch="off", **settings)
 
 
 @pytest.mark.parametrize(

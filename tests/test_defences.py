@@ -371,9 +371,8 @@ def test_the_attack_leads_the_gate_to_experts_that_read_what_is_attacked():
 
 def test_odd_one_out_needs_a_budget_for_every_modality():
     method = OddOneOut()
-    work = tiny_work(wrapped(method), budgets={"audio": Budget(epsilon=0.1)})
-    with pytest.raises(ValueError, match=r"`budgets` must name every modality for odd-one-out, .* got none for visual"):
-        method.begin(work)
+    with pytest.raises(ValueError, match=r"`eps` must cover every modality for odd-one-out, .* got none for visual"):
+        method.check_budgets(tiny_fusion(), {"audio": Budget(epsilon=0.1)})
     with pytest.raises(ValueError, match="`hidden` must be above 0, got 0"):
         OddOneOut(hidden=0)
 
@@ -537,7 +536,11 @@ def test_step_two_is_the_last_part(second, epochs, epoch, expected):
         work = tiny_work(wrapped(method), epochs=epochs, epoch=epoch)
         method.begin_epoch(work)
         assert (SLOPES in work.memory) == there
-    assert not CRMT()._in_second(tiny_work(wrapped(CRMT()), epochs=1))
+    for share, epochs in ((0.9, 4), (0.75, 2)):
+        steps = [
+            CRMT(second=share)._in_second(tiny_work(wrapped(CRMT()), epochs=epochs, epoch=e)) for e in range(epochs)
+        ]
+        assert steps == [False] + [True] * (epochs - 1)
 
 
 def test_the_weight_adds_the_margins_loss():
@@ -745,6 +748,12 @@ def test_the_prior_is_that_of_the_training_clips_and_each_modality_learns_alone(
     expected = share.logit() if label_kind == "multilabel" else (share / share.sum()).log()
     torch.testing.assert_close(work.model.prior, expected)
     torch.testing.assert_close(work.averaged.prior, expected)
+    rare = torch.zeros(24).index_fill(0, torch.tensor([0, 1]), 1.0)  # as if two clips alone were drawn
+    drawn = replace(work, weights=rare)
+    method.begin(drawn)
+    seen = (work.data.targets[:2].mean(0) * 24 + 1) / 26
+    expected = seen.logit() if label_kind == "multilabel" else seen.log() - seen.sum().log()
+    torch.testing.assert_close(drawn.model.prior, expected)
     work.model.eval()
     scores = work.model.uni_modal(work.model.trace(batch(work).inputs).latent)
     by_hand = sum(work.loss(scores[:, i], batch(work).targets) for i in range(2))
@@ -890,7 +899,7 @@ def test_errors_of_the_curriculum():
     with pytest.raises(ValueError, match="`steps` must be above 0, got 0"):
         AVCurriculum(steps=0)
     with pytest.raises(ValueError, match="`budgets` must name at least one modality"):
-        AVCurriculum().begin(tiny_work(wrapped(AVCurriculum()), budgets={}))
+        AVCurriculum().check_budgets(tiny_fusion(), {})
 
 
 def test_a_linear_classifier_is_no_late_fusion_of_vectors_only_in_name():

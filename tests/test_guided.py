@@ -445,7 +445,27 @@ def test_only_a_share_is_attacked_and_only_where_there_is_a_budget():
     assert torch.equal(points["visual"], given.inputs["visual"])
     assert (points["audio"] != given.inputs["audio"]).any(1).sum() == 3
     with pytest.raises(ValueError, match="`budgets` must name at least one modality"):
-        method.begin(tiny_work(budgets={}))
+        method.check_budgets(work.model, {})
+
+
+def test_a_look_that_finds_no_density_is_refused_and_one_that_finds_some_says_how_many():
+    method = GuidedMixup(**{**LOOKING, "k": 2})
+    work = started(method)
+    assert 0 < work.memory["guidance/known_density"] <= 1
+    with pytest.raises(ValueError, match="in epoch 1: no class has a density, which takes more than k = 40 clips"):
+        started(GuidedMixup(**{**LOOKING, "k": 40}))
+    assert started(GuidedMixup(**{**LOOKING, "k": 40, "anchor": "uniform"})).memory["guidance/known_density"] == 0
+
+
+def test_a_network_that_tells_no_clips_apart_is_named():
+    work = tiny_work()
+    for model in (work.model, work.averaged):
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+    method = GuidedMixup(**LOOKING)
+    method.begin(work)
+    with pytest.raises(ValueError, match=r"guided mix-up could not measure the latents of .* lower `learning_rate`"):
+        method.begin_epoch(work)
 
 
 def test_at_the_latent_clips_are_attacked_before_they_are_mixed(monkeypatch):

@@ -173,12 +173,12 @@ def test_only_modalities_with_a_budget_are_moved():
     method.train_step(work, rows_of(work))
     assert [key for key in work.memory if key.startswith("remembered/signs")] == ["remembered/signs/audio"]
     with pytest.raises(ValueError, match="`budgets` must name at least one modality"):
-        started(method, budgets={})
+        method.check_budgets(model, {})
     ball = {m: Budget("l2", 0.5, low=-1.0, high=1.0) for m in model.specs}
     for made in (method, GuidedRemembered()):
-        made.check_budgets(budgets(model))
+        made.check_budgets(model, budgets(model))
         with pytest.raises(ValueError, match="`norm` must be linf, since signs are what is remembered of a gradient"):
-            made.check_budgets(ball)
+            made.check_budgets(model, ball)
     with pytest.raises(ValueError, match="`reach` must be above 0, got 0"):
         Remembered(reach=0)
 

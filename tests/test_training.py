@@ -28,9 +28,10 @@ from robustav.training.logs import log_lines, tensorboard_scalars
 from robustav.training.loop import follow, train
 from robustav.training.method import Batch, Method, Work
 from robustav.training.methods import METHODS, described, parse_method
-from robustav.training.recipe import Recipe, scores_of
+from robustav.training.recipe import SCORES, Recipe, scores_of
 from robustav.training.settings import parse_call, read_settings, settings_of
 from robustav.training.trained import CARD, Trained, initial, load_trained, read_trained
+from robustav.training.weight_perturbation import matrices, perturb
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -322,7 +323,15 @@ def test_methods_are_parsed_by_name_and_described() -> None:
         ({"limit": 0}, "`limit` must be at least 1, got 0"),
         ({"data": "av-events/test"}, "`data` must be clips that no attack is judged on, av-events/train"),
         ({"data": "av-events"}, "`data` must be clips that no attack is judged on"),
+        ({"validation": "av-events/test"}, "`validation` must be clips that no attack is judged on, av-events/valid"),
+        ({"validation": "av-events"}, "`validation` must be clips that no attack is judged on"),
         ({"validation": "av-events/train"}, "`validation` must be other clips than `data`"),
+        ({"data": "av-events/validation", "keep": "best"}, "`keep` needs a score on clips not trained on"),
+        ({"method": "guided-mixup(start=3)", "epochs": 3}, "`start` must be below the number of epochs, 3, .* got 3"),
+        ({"method": "guided-fgsm", "balanced": True}, "`balanced` does nothing where guided mix-up draws its clips"),
+        ({"method": "crmt", "epochs": 1}, "`epochs` must be at least 2, one for each step of crmt, got 1"),
+        ({"method": "gaussian-noise(sigma=nan)"}, "`sigma` of gaussian-noise must be a number, got 'nan'"),
+        ({"method": "awp(gamma=inf)"}, "`gamma` of awp must be a number, got 'inf'"),
         ({"data": "my.csv", "patience": 2}, "`patience` needs a score on clips not trained on"),
         ({"data": "my.csv", "keep": "best"}, "`keep` needs a score on clips not trained on"),
     ],
@@ -463,7 +472,7 @@ def test_a_training_learns_and_says_what_it_did(tiny: Tiny, tmp_path: Path, labe
     names = ("mAP", "top1") if label_kind == "multilabel" else ("top1",)
     assert trained.scores == {name: float(lines[-1][name]) for name in names}
     assert card["data"]["train"] == {"name": "tiny", "sha256": "24".rjust(64, "0"), "clips": 24}
-    assert card["budgets"]["audio"].startswith("linf, 0.01 amplitude")
+    assert card["budgets"] == {}  # nobody asked for them
 
 
 def test_the_trained_model_scores_as_the_card_says(tiny: Tiny, tmp_path: Path) -> None:
@@ -546,7 +555,7 @@ def test_the_running_mean_is_kept_and_soon_leaves_the_random_weights(tiny: Tiny,
     ],
 )
 def test_a_killed_training_ends_with_the_same_bytes(tiny: Tiny, tmp_path: Path, method: str, step: int) -> None:
-    recipe = short(method=method, augment="full", keep="best", balanced=True)
+    recipe = short(method=method, augment="full", keep="best", balanced="guided" not in method)
     whole = train(recipe, tmp_path / "whole")
     with pytest.raises(Killed):
         train(recipe, tmp_path / "killed", progress=kill_at(step))
@@ -636,11 +645,77 @@ def test_the_adversary_of_a_step_has_the_budget_of_the_ramp(
 
     monkeypatch.setattr(Method, "losses", watched)
     recipe = short(eps="audio=0.01,visual=0.02", ramp=0.5)
-    trained = train(recipe, tmp_path / "a")
+    train(recipe, tmp_path / "a")
     steps = len(seen)
     assert [radii["audio"] for radii in seen] == pytest.approx([0.01 * recipe.share(s, steps) for s in range(steps)])
     assert all(radii["visual"] == pytest.approx(2 * radii["audio"]) for radii in seen) and seen[0]["audio"] < 0.01
-    assert "0.01 amplitude" in trained.card["budgets"]["audio"]
+
+
+def test_half_precision_learns_at_the_weights_of_the_step(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = {"epochs": 2, "batch_size": 2, "learning_rate": 0.03}
+    fine, coarse = (lines_of(train(short(**recipe, precision=p), tmp_path / p).folder) for p in ("32", "bf16"))
+    losses = [[float(line["loss"]) for line in lines] for lines in (fine, coarse)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_half_precision_sees_weights_that_are_perturbed(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, float]] = []
+
+    def watched(self: object, work: Work, batch: Batch) -> Tensor:
+        plain = work.loss(work.trace(batch.inputs).logits, batch.targets).mean()
+        weights = matrices(work.model)
+        restore = perturb(weights, torch.autograd.grad(plain, weights, allow_unused=True), 0.2)
+        moved = work.loss(work.trace(batch.inputs).logits, batch.targets)
+        seen.append((plain.item(), moved.mean().item()))
+        restore()
+        return moved
+
+    monkeypatch.setattr(Method, "losses", watched)
+    train(short(precision="bf16"), tmp_path / "a")
+    assert all(moved > plain + 0.01 for plain, moved in seen)
+
+
+@pytest.mark.parametrize(("method", "ramp", "first"), [("pgd-at(steps=1)", 0.5, 5), ("crmt(second=0.5)", 0.0, 5)])
+def test_the_best_weights_are_of_epochs_that_train_in_earnest(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, ramp: float, first: int
+) -> None:
+    scores = iter(range(9, 0, -1))
+    monkeypatch.setitem(SCORES, "mAP", lambda *_: next(scores) / 10)
+    recipe = short(method=method, ramp=ramp, epochs=8, keep="best", patience=2, eps="0.1")
+    trained = train(recipe, tmp_path / "a")
+    assert f"epoch {first} of 8" in trained.card["weights"]
+    assert len(lines_of(tmp_path / "a")) == first + 2  # then out of patience
+
+
+def test_a_training_is_not_gone_on_with_by_another_version(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed):
+        train(short(), tmp_path / "a", progress=kill_at(6))
+    monkeypatch.setattr("robustav.__version__", "0.0.0")
+    with pytest.raises(ValueError, match="began otherwise; they differ in versions"):
+        train(short(), tmp_path / "a")
+
+
+def test_a_model_draws_other_numbers_than_its_method(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = []
+
+    def watched(self: object, work: Work, batch: Batch) -> Tensor:
+        same.append(torch.equal(torch.randn(8), torch.randn(8, generator=work.generator)))
+        return work.loss(work.trace(batch.inputs).logits, batch.targets)
+
+    monkeypatch.setattr(Method, "losses", watched)
+    train(short(), tmp_path / "a")
+    assert same and not any(same)
+
+
+def test_budgets_are_told_of_methods_that_ask_for_them(tiny: Tiny, tmp_path: Path) -> None:
+    card = train(short(method="n-fgsm", ramp=0.5), tmp_path / "a").card
+    assert card["budgets"]["audio"].startswith("linf, 0.01 amplitude")
 
 
 def test_momentum_is_that_of_sgd(tiny: Tiny, tmp_path: Path) -> None:

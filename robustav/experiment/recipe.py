@@ -251,7 +251,7 @@ def _training(name: str, seed: int, settings: Mapping[str, Any], model: Classifi
     training = Training(model=name, seed=seed, **settings)
     method = parse_method(training.method)
     method.check(model)
-    method.check_budgets(training.budgets(model))
+    method.check_budgets(model, training.budgets(model))
     return training
 
 

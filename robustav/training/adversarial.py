@@ -31,6 +31,7 @@ STILL = 0.03  # epsilons: the noise from which TRADES and MART start, 0.001 at t
 class AdversarialTraining(Method, ABC):
     """Craft points in eval mode, then learn from them in one update."""
 
+    budgeted: ClassVar[bool] = True
     passes: ClassVar[int] = 1  # forward passes a clip of `losses_at`, each of which is gone back through
 
     @abstractmethod
@@ -43,9 +44,6 @@ class AdversarialTraining(Method, ABC):
 
     def losses(self, work: Work, batch: Batch) -> Float[Tensor, " clip"]:
         return self.losses_at(work, batch, self.craft(work, batch))
-
-    def begin(self, work: Work) -> None:
-        attacked(work)
 
     def train_step(self, work: Work, batch: Batch) -> Float[Tensor, ""]:
         loss = self.losses(work, batch).mean()
@@ -90,11 +88,13 @@ class FGSMRS(AdversarialTraining):
         positive(self, "step_size", "watch_clips")
         if self.watch not in WATCHES:
             raise ValueError(f"`watch` must be one of {list(WATCHES)}, got {self.watch!r}")
+        usual = FGSMRS.watch_clips, FGSMRS.watch_fall
+        if self.watch == "off" and (self.watch_clips, self.watch_fall) != usual:
+            raise ValueError("`watch_clips` and `watch_fall` go with a `watch`, which is off: leave them out")
         if not 0 < self.watch_fall < 1:
             raise ValueError(f"`watch_fall` must be between 0 and 1, both excluded, got {self.watch_fall}")
 
     def begin(self, work: Work) -> None:
-        super().begin(work)
         if self.watch != "off":
             choose(work, self.watch_clips)
 
@@ -147,14 +147,13 @@ class Free(Method):
     mode, since one pass serves both ends.
     """
 
+    budgeted: ClassVar[bool] = True
+
     replays: int = 4
     step_size: float = 1.0  # epsilons
 
     def __post_init__(self) -> None:
         positive(self, "replays", "step_size")
-
-    def begin(self, work: Work) -> None:
-        attacked(work)
 
     def train_step(self, work: Work, batch: Batch) -> Float[Tensor, ""]:
         budgets, count = attacked(work), len(batch.rows)

@@ -18,12 +18,6 @@ Start = Callable[[Tensor, str, torch.Generator], Tensor]
 
 def attacked(work: Work) -> dict[str, Budget]:
     """Budgets by modality, in the order of their names."""
-    if not work.budgets:
-        raise ValueError(
-            "`budgets` must name at least one modality for adversarial training, got none: give eps, such as 0.01"
-        )
-    if unknown := sorted(work.budgets.keys() - work.model.specs.keys()):
-        raise ValueError(f"`budgets` must name modalities among {sorted(work.model.specs)}, got also {unknown}")
     return {m: work.budgets[m] for m in sorted(work.budgets)}
 
 

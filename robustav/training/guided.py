@@ -45,6 +45,7 @@ from robustav.training.mixing import (
 
 MEMBERS = [f"guidance/{name}" for name in Members._fields]
 WEIGHTS, OUTSIDE, CONVEXITY = "guidance/weights", "guidance/outside", "guidance/convexity"
+KNOWN = "guidance/known_density"  # share of memberships; in the log
 UNIT = "guidance/unit/{place}/{name}"
 METRIC = "metric"
 CHUNK = 64  # clips that a look at the training set passes at once
@@ -159,6 +160,18 @@ class GuidedMixup(Method):
     def looks(self) -> bool:
         """Whether any part of it asks for the metrics."""
         return METRIC in (self.anchor, self.partner, self.ratio) or self.noise > 0
+
+    def check_plan(self, epochs: int, balanced: bool) -> None:
+        if self.looks and self.start >= epochs:
+            raise ValueError(
+                f"`start` must be below the number of epochs, {epochs}, or guided mix-up never looks at the latents that "
+                f"guide it, got {self.start}: the first epoch is 0"
+            )
+        if balanced and self.anchor == METRIC and self.partner == METRIC and not self.random_pairs:
+            raise ValueError(
+                "`balanced` does nothing where guided mix-up draws its clips by metric: leave it out, or set "
+                "anchor=uniform or partner=random"
+            )
 
     def check(self, model: Classifier) -> None:
         check_place(model, self.place)
@@ -286,7 +299,15 @@ class GuidedMixup(Method):
         """Measure the training set on the averaged model, and keep what follows from it."""
         count = len(work.data.targets)
         rows = torch.randperm(count, generator=work.generator)[: self.measured or count].sort().values
-        latents = self._latents(work, rows)
+        try:
+            self._measure(work, rows, self._latents(work, rows))
+        except ValueError as error:
+            raise ValueError(
+                f"guided mix-up could not measure the latents of {len(rows)} clips in epoch {work.epoch + 1}: {error}. "
+                "If those clips are not copies of one another, the network tells them no more apart: lower `learning_rate`"
+            ) from error
+
+    def _measure(self, work: Work, rows: Int[Tensor, " measured"], latents: Float[Tensor, "measured dim"]) -> None:
         labels = with_none(work.data.targets)
         device = next(work.averaged.parameters()).device
 
@@ -303,6 +324,13 @@ class GuidedMixup(Method):
             generator=work.generator,
         )
         lie = around(latents, rows, labels, self.k, work.generator)
+        known = ~lie.density.isnan()
+        if self.anchor == METRIC and not known.any():
+            raise ValueError(
+                f"no class has a density, which takes more than k = {self.k} clips of it and as many others: lower `k`, "
+                "train on more clips, or set anchor=uniform"
+            )
+        work.memory[KNOWN] = known.float().mean()
         without_labels = found.mean().reshape(1)  # has no region of its own that could be convex
         self._keep(work, members_of(labels), lie.density, lie.outside, torch.cat([found, without_labels]))
 

@@ -1,13 +1,14 @@
 """Guided mix-up with one adversarial step on top."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from robustav.classifier import Inputs
-from robustav.training.ascent import ascend, attacked
+from robustav.training.ascent import ascend
 from robustav.training.guided import GuidedMixup
 from robustav.training.method import Batch, Method, Work
 from robustav.training.mixing import draw_place, mixed_losses
@@ -24,6 +25,8 @@ class GuidedFGSM(GuidedMixup):
     `1 + share * steps` passes of either kind a clip, and the looks of guided mix-up.
     """
 
+    budgeted: ClassVar[bool] = True
+
     place: str = "input"
     share: float = 1.0
     steps: int = 1
@@ -36,15 +39,11 @@ class GuidedFGSM(GuidedMixup):
             raise ValueError(f"`share` must lie in (0, 1], got {self.share:g}: for none, take guided-mixup")
         if self.steps < 1:
             raise ValueError(f"`steps` must be at least 1, got {self.steps}: for none, take guided-mixup")
-        if self.step_size <= 0 or self.start_noise < 0:
+        if not (self.step_size > 0 and self.start_noise >= 0):
             raise ValueError(
                 f"`step_size` must be above 0 and `start_noise` not negative, got {self.step_size:g} and "
                 f"{self.start_noise:g}"
             )
-
-    def begin(self, work: Work) -> None:
-        super().begin(work)
-        attacked(work)
 
     def losses(self, work: Work, batch: Batch) -> Float[Tensor, " clip"]:
         drawn, clips = self.clips(work, batch)

@@ -29,12 +29,12 @@ from robustav.models.zoo import MODELS
 from robustav.prepare import channels_last
 from robustav.randomness import draw_for, seeded
 from robustav.training.augment import parse_augmentation
-from robustav.training.data import batches_of, order_of, training_set
+from robustav.training.data import balanced_weights, batches_of, order_of, training_set
 from robustav.training.logs import Scalars, log_lines, no_scalars, tensorboard_scalars
 from robustav.training.method import Batch, Cost, Method, TrainingSet, Work
 from robustav.training.methods import parse_method
 from robustav.training.processes import average_buffers, average_gradients, launched, summed
-from robustav.training.recipe import DECLARED, PRECISIONS, Recipe, scores_of
+from robustav.training.recipe import DECLARED, Recipe, scores_of
 from robustav.training.trained import CARD, STATES, WEIGHTS, Trained, finished, initial, read_trained
 
 LOG = "log.csv"
@@ -61,7 +61,7 @@ def train(
     folder = Path(folder)
     if (done := finished(recipe, folder)) is not None:
         return done
-    fabric = launched(device, devices, PRECISIONS[recipe.precision])
+    fabric = launched(device, devices)
     method = parse_method(recipe.method)
     training = _Training(recipe, method, folder, fabric, progress)
     scalars = tensorboard_scalars(folder, training.work.step) if tensorboard and fabric.is_global_zero else no_scalars
@@ -84,7 +84,7 @@ class _Training:
         method.check(model)
         self.score = recipe.declared_score(model.label_kind)
         self.budgets = recipe.budgets(model)
-        method.check_budgets(self.budgets)
+        method.check_budgets(model, self.budgets)
         given: dict[str, Any] = {"seed": recipe.seed, "progress": progress}
         self.data = training_set(recipe.data, model, limit=recipe.limit, **given)
         self.validation = training_set(recipe.validates, model, **given) if recipe.validates else None
@@ -109,6 +109,7 @@ class _Training:
         generator = torch.Generator()
         self.work = Work(model, averaged, self.data, self.budgets, generator, recipe.epochs, steps, self._apply)
         augmentation, specs = parse_augmentation(recipe.augment), self.data.specs
+        self.work.weights = balanced_weights(self.data.targets) if recipe.balanced else None
         self.work.augment = lambda inputs: augmentation(inputs, specs, generator)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"score": -1.0, "epoch": -1, "weights": {}}
@@ -128,6 +129,12 @@ class _Training:
             "data": {name: _described(found) for name, found in sets.items() if found is not None},
             "processes": self.fabric.world_size,
             "device": self.fabric.device.type,
+            "versions": {
+                "robustav": robustav.__version__,
+                "torch": torch.__version__,
+                "lightning-fabric": version("lightning-fabric"),
+                "python": platform.python_version(),
+            },
         }
 
     def _begin(self) -> None:
@@ -211,7 +218,10 @@ class _Training:
         began, cpu_began = time.perf_counter(), time.process_time()
         if fabric.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(fabric.device)
-        with seeded(self.recipe.seed, *purpose), fabric.autocast():
+        # A model's own random numbers are others than the method's. Without the cache, which would keep the weights as
+        # they were at the epoch's first step.
+        own, half = seeded(self.recipe.seed, "model", *purpose), self.recipe.precision == "bf16"
+        with own, torch.autocast(fabric.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
             if not self.begun:
                 self.method.begin(work)
                 self.begun = True
@@ -247,10 +257,13 @@ class _Training:
     def _judge(self, line: Mapping[str, float]) -> None:
         """Remember the best weights; stop where nothing gets better, or where the method has enough."""
         recipe = self.recipe
-        if self.validation is not None and line[self.score] > self.best["score"]:
+        last = self.work.epoch == recipe.epochs
+        counts = self.validation is not None and (self.method.settled(self.work) or last)
+        if counts and line[self.score] > self.best["score"]:
             weights = _copied(self.work.averaged) if recipe.keep == "best" else {}
             self.best = {"score": line[self.score], "epoch": self.work.epoch, "weights": weights}
-        out_of_patience = recipe.patience > 0 and self.work.epoch - self.best["epoch"] >= recipe.patience
+        since = self.work.epoch - self.best["epoch"] if self.best["epoch"] >= 0 else 0
+        out_of_patience = 0 < recipe.patience <= since
         (enough,) = summed(self.fabric, self.method.finished(self.work))
         self.stopped = out_of_patience or enough > 0
 
@@ -342,7 +355,9 @@ class _Training:
             + (f", running mean of decay {recipe.ema:g}" if recipe.ema else ""),
             "parameters": sum(p.numel() for p in work.model.parameters()),
             "label_kind": work.model.label_kind,
-            "budgets": {m: budget.words(work.model.specs[m].unit) for m, budget in self.budgets.items()},
+            "budgets": {m: budget.words(work.model.specs[m].unit) for m, budget in self.budgets.items()}
+            if self.method.budgeted
+            else {},
             "scores": {name: self.history[epoch - 1][name] for name in names},
             "cost": {
                 **asdict(cost),
@@ -354,12 +369,6 @@ class _Training:
                 "peak_memory_of": "tensors on the GPU"
                 if self.fabric.device.type == "cuda"
                 else "the process, with its data",
-            },
-            "versions": {
-                "robustav": robustav.__version__,
-                "torch": torch.__version__,
-                "lightning-fabric": version("lightning-fabric"),
-                "python": platform.python_version(),
             },
         }
 

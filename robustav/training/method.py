@@ -93,6 +93,7 @@ class Work:
     Every pass goes through `trace`, `features`, `gradients` and `update`, which count it. `averaged` has the running mean
     of the weights. `batch` loads clips, and what `moved` and then `augment` make of them. `memory` holds the tensors that a method keeps from step to step; they are saved with the training.
     `generator` (on the CPU) is the only source of randomness. `budgets` are what an adversary may do while training.
+    `weights` says how likely each clip is to be drawn, where they are not drawn alike.
     """
 
     model: Classifier
@@ -106,6 +107,7 @@ class Work:
     epoch: int = 0
     step: int = 0
     whole: bool = True  # whether `budgets` have grown to their whole size
+    weights: Float[Tensor, " sample"] | None = None
     cost: Cost = field(default_factory=Cost)
     memory: dict[str, Tensor] = field(default_factory=dict)
     augment: Callable[[Inputs], Inputs] = lambda inputs: inputs  # what is done to the clips of a batch
@@ -165,12 +167,26 @@ class Method:
     """
 
     loads: ClassVar[bool] = True  # False: a batch has rows and targets alone, since the method loads clips by itself
+    budgeted: ClassVar[bool] = False  # whether it asks what an adversary may do
 
     def check(self, model: Classifier) -> None:
         """Raise `ValueError` saying what is missing, unless the method can train this model."""
 
-    def check_budgets(self, budgets: Mapping[str, Budget]) -> None:
-        """Raise `ValueError` unless the method can train against these."""
+    def check_plan(self, epochs: int, balanced: bool) -> None:
+        """Raise `ValueError` unless the method does what it says in so many epochs of clips that are drawn so."""
+
+    def check_budgets(self, model: Classifier, budgets: Mapping[str, Budget]) -> None:
+        """Raise `ValueError` unless the method can train the model against these."""
+        if not self.budgeted:
+            return
+        if not budgets:
+            raise ValueError("`budgets` must name at least one modality, got none: give eps, such as 0.01")
+        if unknown := sorted(budgets.keys() - model.specs.keys()):
+            raise ValueError(f"`budgets` must name modalities among {sorted(model.specs)}, got also {unknown}")
+        if nothing := sorted(m for m, budget in budgets.items() if budget.epsilon is not None and budget.epsilon == 0):
+            raise ValueError(
+                f"`eps` must be above 0 for adversarial training, got 0 for {nothing[0]}: leave that out, or train by erm"
+            )
 
     def wrapped(self, model: Classifier) -> Classifier:
         """What is trained and loaded again in the model's place; unless told, the model itself.
@@ -188,6 +204,10 @@ class Method:
     def finished(self, work: Work) -> bool:
         """Asked after each epoch: whether to train no further."""
         return False
+
+    def settled(self, work: Work) -> bool:
+        """Asked after each epoch: whether it trains in earnest by now, so that the best weights may be among its own."""
+        return work.whole or not self.budgeted
 
     def losses(self, work: Work, batch: Batch) -> Float[Tensor, " clip"]:
         """What a step minimises the mean of."""

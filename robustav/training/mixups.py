@@ -1,7 +1,9 @@
 """The mix-up family of methods, and Gaussian noise, the control that asks for no partner."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -39,11 +41,13 @@ class GaussianNoise(Method):
     takes the place of the budget where it is above 0.
     """
 
+    budgeted: ClassVar[bool] = True
+
     radii: float = 1.0
     sigma: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.sigma < 0 or self.radii <= 0:
+        if not (self.sigma >= 0 and self.radii > 0):
             raise ValueError(
                 f"`sigma` must not be negative and `radii` must be above 0, got {self.sigma:g} and {self.radii:g}"
             )
@@ -51,6 +55,10 @@ class GaussianNoise(Method):
             raise ValueError(
                 f"`sigma` {self.sigma:g} sets the noise, so `radii` {self.radii:g} would do nothing: give one"
             )
+
+    def check_budgets(self, model: Classifier, budgets: Mapping[str, Budget]) -> None:
+        if not self.sigma:
+            super().check_budgets(model, budgets)
 
     def losses(self, work: Work, batch: Batch) -> Float[Tensor, " clip"]:
         noisy = {m: self._noisy(m, x, work) for m, x in batch.inputs.items()}
@@ -169,7 +177,7 @@ class NoisyFeatureMixup(Method):
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
         check_setting(self.place)
-        if self.added < 0 or self.multiplied < 0:
+        if not (self.added >= 0 and self.multiplied >= 0):
             raise ValueError(
                 f"`added` and `multiplied` must not be negative, got {self.added:g} and {self.multiplied:g}"
             )

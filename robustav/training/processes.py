@@ -11,8 +11,8 @@ from torch.distributed import is_torchelastic_launched
 from robustav.harness import pick_device
 
 
-def launched(device: str, devices: int, precision: str) -> Fabric:
-    """Fabric on this process's device, as many processes as torchrun or `devices` says; `precision` in its own words."""
+def launched(device: str, devices: int) -> Fabric:
+    """Fabric on this process's device, as many processes as torchrun or `devices` says."""
     chosen = pick_device(device)
     if devices < 1:
         raise ValueError(f"`devices` must be at least 1, got {devices}")
@@ -23,7 +23,6 @@ def launched(device: str, devices: int, precision: str) -> Fabric:
         devices=[chosen.index] if everywhere == 1 and chosen.index is not None else here,
         num_nodes=max(1, everywhere // here),
         strategy="auto" if everywhere == 1 else "ddp",
-        precision=precision,  # type: ignore[arg-type]
     )
     fabric.launch()
     return fabric

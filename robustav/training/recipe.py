@@ -22,7 +22,7 @@ SCORES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {  # of logits an
 }
 DECLARED: dict[LabelKind, tuple[str, ...]] = {"multilabel": ("mAP", "top1"), "multiclass": ("top1",)}  # usual one first
 OPTIMIZERS = ("adamw", "sgd")
-PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed"}  # half precision would lose the gradients of inputs
+PRECISIONS = ("32", "bf16")  # half precision would lose the gradients of inputs
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Recipe:
     )
     method: str = "erm"  # a key of METHODS, settings in brackets
     data: str = "av-events/train"
-    validation: str | None = None  # unless told, av-events/validation for av-events, and none for other data
+    validation: str | None = None  # unless told, av-events/validation for av-events/train, and none for other data
     checkpoint: str | None = None  # weights to start from
     eps: str = "0.01"  # of the adversary in training, as in `robustav attack`; of methods that have one
     norm: str | None = None
@@ -64,10 +64,10 @@ class Recipe:
     keep: str = "last"  # "last" weights, or the "best" by the score
 
     def __post_init__(self) -> None:
-        parse_method(self.method)
+        method = parse_method(self.method)
         parse_augmentation(self.augment)
         self._one_of("optimizer", OPTIMIZERS)
-        self._one_of("precision", tuple(PRECISIONS))
+        self._one_of("precision", PRECISIONS)
         self._one_of("keep", ("last", "best"))
         self._one_of("score", (None, *SCORES))
         for name in ("epochs", "batch_size", "learning_rate"):
@@ -80,10 +80,14 @@ class Recipe:
             raise ValueError(f"`momentum` is of sgd, got {self.momentum} with {self.optimizer}: leave one of them out")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"`limit` must be at least 1, got {self.limit}: leave it out for all clips")
-        if self.data in ("av-events", f"{AV_EVENTS}test"):
-            raise ValueError(f"`data` must be clips that no attack is judged on, av-events/train, got {self.data!r}")
+        for name, usual in (("data", "train"), ("validation", "validation")):
+            if (clips := getattr(self, name)) in ("av-events", f"{AV_EVENTS}test"):
+                raise ValueError(
+                    f"`{name}` must be clips that no attack is judged on, {AV_EVENTS}{usual}, got {clips!r}"
+                )
         if self.validation == self.data:
             raise ValueError(f"`validation` must be other clips than `data`, got {self.data!r} for both")
+        method.check_plan(self.epochs, self.balanced)
         if self.validates is None and (self.patience or self.keep == "best" or self.score):
             name = "patience" if self.patience else "score" if self.score else "keep"
             raise ValueError(f"`{name}` needs a score on clips not trained on: name them with `validation`")
@@ -97,7 +101,8 @@ class Recipe:
     @property
     def validates(self) -> str | None:
         """The clips that the score is taken on, if any."""
-        return self.validation or (f"{AV_EVENTS}validation" if self.data.startswith(AV_EVENTS) else None)
+        usual = f"{AV_EVENTS}validation"
+        return self.validation or (usual if self.data.startswith(AV_EVENTS) and self.data != usual else None)
 
     def budgets(self, model: Classifier) -> dict[str, Budget]:
         """What the adversary in training may do to the model's inputs."""

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, distributed
 
-from robustav.classifier import Inputs
+from robustav.classifier import Classifier, Inputs
 from robustav.threat import Budget
 from robustav.training.ascent import attacked, within
 from robustav.training.guided import GuidedMixup
@@ -129,13 +129,15 @@ class Remembered(Method):
     """
 
     loads: ClassVar[bool] = False
+    budgeted: ClassVar[bool] = True
 
     reach: float = 1.0
 
     def __post_init__(self) -> None:
         positive(self, "reach")
 
-    def check_budgets(self, budgets: Mapping[str, Budget]) -> None:
+    def check_budgets(self, model: Classifier, budgets: Mapping[str, Budget]) -> None:
+        super().check_budgets(model, budgets)
         check_signs(budgets)
 
     def begin(self, work: Work) -> None:
@@ -156,6 +158,8 @@ class GuidedRemembered(GuidedMixup):
     Costs 1 pass of either kind a clip, and the looks of guided mix-up.
     """
 
+    budgeted: ClassVar[bool] = True
+
     place: str = "latent"
     reach: float = 1.0
 
@@ -163,7 +167,8 @@ class GuidedRemembered(GuidedMixup):
         super().__post_init__()
         positive(self, "reach")
 
-    def check_budgets(self, budgets: Mapping[str, Budget]) -> None:
+    def check_budgets(self, model: Classifier, budgets: Mapping[str, Budget]) -> None:
+        super().check_budgets(model, budgets)
         check_signs(budgets)
 
     def begin(self, work: Work) -> None:

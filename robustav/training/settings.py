@@ -1,5 +1,6 @@
 """Settings as a command line writes them, `NAME(key=value, ...)`, read by the annotations of a dataclass."""
 
+import math
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -65,7 +66,7 @@ def _words_if_not(value: Any, kind: Any) -> str:
         return "" if isinstance(value, bool) else "true or false"
     if kind in (int, float):
         numbers = (int, float) if kind is float else int
-        fits = isinstance(value, numbers) and not isinstance(value, bool)
+        fits = isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value)
         return "" if fits else f"a {'whole ' if kind is int else ''}number"
     return "" if isinstance(value, str) else "text"
 
@@ -106,7 +107,10 @@ def _read(text: str, kind: Any, what: str) -> Any:
             raise ValueError(f"{what} must be true or false, got {text!r}")
         return BOOLEANS[text.lower()]
     try:
-        return int(text) if kind is int else float(parse_number(text)) if kind is float else text
+        value = int(text) if kind is int else float(parse_number(text)) if kind is float else text
+        if isinstance(value, str) or math.isfinite(value):
+            return value
+        raise ValueError
     except ValueError:
         raise ValueError(f"{what} must be a {'whole ' if kind is int else ''}number, got {text!r}") from None
 

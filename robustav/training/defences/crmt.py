@@ -206,6 +206,10 @@ class CRMT(Method):
     def check(self, model: Classifier) -> None:
         check_rows(widths(model, NAME), len(model.classes))
 
+    def check_plan(self, epochs: int, balanced: bool) -> None:
+        if self.second and epochs < 2:
+            raise ValueError(f"`epochs` must be at least 2, one for each step of {NAME}, got {epochs}: or set second=0")
+
     def wrapped(self, model: Classifier) -> Classifier:
         return MarginFusion(model)
 
@@ -223,6 +227,9 @@ class CRMT(Method):
         work.cost.forwards += len(rows)
         work.cost.backwards += len(rows) * len(model.classes)
 
+    def settled(self, work: Work) -> bool:
+        return work.epoch > self._first(work.epochs) or not self.second
+
     def losses(self, work: Work, batch: Batch) -> Float[Tensor, " clip"]:
         model = defended(work.model, MarginFusion, NAME)
         if not self._in_second(work):
@@ -237,8 +244,11 @@ class CRMT(Method):
         return -radius(logits, batch.targets, slopes, model.label_kind)
 
     def _in_second(self, work: Work) -> bool:
-        last = max(1, round(self.second * work.epochs)) if self.second and work.epochs > 1 else 0
-        return work.epoch >= work.epochs - last
+        return work.epoch >= self._first(work.epochs)
+
+    def _first(self, epochs: int) -> int:
+        """The epoch, counted from 0, with which step two begins."""
+        return max(1, epochs - max(1, round(self.second * epochs))) if self.second else epochs
 
 
 METHODS: dict[str, type[Method]] = {NAME: CRMT}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -64,6 +65,8 @@ class AVCurriculum(Method):
     network reads whole clips: costs steps + 1 passes of either kind a clip. Either kind of label, any set of modalities.
     """
 
+    budgeted: ClassVar[bool] = True
+
     steps: int = 10
     reach: float = 2.5  # epsilons that all steps make together
     share: float = 0.25
@@ -85,8 +88,10 @@ class AVCurriculum(Method):
         return SharedFrames(model)
 
     def begin(self, work: Work) -> None:
-        attacked(work)
         defended(work.model, SharedFrames, NAME)
+
+    def settled(self, work: Work) -> bool:
+        return super().settled(work) and (not self.rising or work.epoch >= work.epochs)  # at its height in the last
 
     def progress(self, work: Work) -> float:
         """How far the curriculum has come: 0 in the first epoch, 1 in the last."""

@@ -196,7 +196,9 @@ class JacobianFusion(Method):
         return RegularisedFusion(model, self.gamma, self.modality, self.by)
 
     def begin(self, work: Work) -> None:
-        share = (work.data.targets.sum(0) + 1) / (len(work.data.targets) + 2)
+        targets, weights = work.data.targets, work.weights
+        seen = targets.sum(0) if weights is None else weights @ targets * (len(targets) / weights.sum())
+        share = (seen + 1) / (len(targets) + 2)
         prior = share.logit() if work.model.label_kind == "multilabel" else share.log() - share.sum().log()
         for model in (work.model, work.averaged):
             defended(model, RegularisedFusion, NAME).prior.copy_(prior)

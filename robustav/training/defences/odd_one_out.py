@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the name that every PyTorch reader knows)
@@ -13,7 +14,7 @@ from robustav.attacks import Attack
 from robustav.classifier import Classifier, Inputs, Trace
 from robustav.goals import Goal
 from robustav.models.small import head
-from robustav.threat import ThreatModel
+from robustav.threat import Budget, ThreatModel
 from robustav.training.ascent import ascend
 from robustav.training.defences.adaptive import Way, Ways
 from robustav.training.defences.defended import Defended, defended, parts, side_by_side, widths
@@ -97,6 +98,8 @@ class OddOneOut(Method):
     modality; with k = 2 no majority says which input is odd, and against joint attacks it claims nothing.
     """
 
+    budgeted: ClassVar[bool] = True
+
     weight: float = 1.0  # of the gate's loss
     steps: int = 10
     reach: float = 2.5  # epsilons that all steps make together
@@ -108,16 +111,19 @@ class OddOneOut(Method):
     def check(self, model: Classifier) -> None:
         widths(model, NAME)
 
+    def check_budgets(self, model: Classifier, budgets: Mapping[str, Budget]) -> None:
+        super().check_budgets(model, budgets)
+        if missing := sorted(model.specs.keys() - budgets.keys()):
+            raise ValueError(
+                f"`eps` must cover every modality for {NAME}, which perturbs one after the other, got none for "
+                f"{', '.join(missing)}: give eps for all, and attacked=both"
+            )
+
     def wrapped(self, model: Classifier) -> Classifier:
         return GatedFusion(model, self.hidden)
 
     def begin(self, work: Work) -> None:
         defended(work.model, GatedFusion, NAME)
-        if missing := sorted(work.model.specs.keys() - work.budgets.keys()):
-            raise ValueError(
-                f"`budgets` must name every modality for {NAME}, which perturbs one after the other, got none for "
-                f"{', '.join(missing)}: give eps for all"
-            )
 
     def losses(self, work: Work, batch: Batch) -> Float[Tensor, " clip"]:
         model = defended(work.model, GatedFusion, NAME)
