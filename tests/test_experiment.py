@@ -1,6 +1,7 @@
 """Experiments: what a recipe says, running it in pieces, and what its report makes of the results."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from robustav import evaluation
 from robustav.classifier import LateFusion
 from robustav.experiment import run as running
 from robustav.experiment.details import latents, second_opinions
-from robustav.experiment.figures import _numbers
+from robustav.experiment.figures import _looks, _numbers, apart
 from robustav.experiment.fused import against_single, vulnerability
-from robustav.experiment.protection import comparisons, gaps
+from robustav.experiment.protection import comparisons, gaps, protection
 from robustav.experiment.recipe import Asked, parse_recipe, read_recipe
 from robustav.experiment.results import UNTOUCHED, Cost, Results, Scores, Where, read_results
 from robustav.experiment.run import run
@@ -25,7 +26,7 @@ from robustav.experiment.sampled import (
     budget_of_drop,
     flip_test,
     gap_closed,
-    interpolated,
+    matched_share,
     ratio,
     shared,
 )
@@ -34,6 +35,7 @@ from robustav.experiment.tables import Tables
 from robustav.geometry import survey
 from robustav.ledger import Ledger
 from robustav.metrics.intervals import mcnemar
+from robustav.metrics.tagging import random_average_precision
 from robustav.report.grids import markdown
 from robustav.report.table import build
 from robustav.report.text import between
@@ -206,6 +208,23 @@ def test_attacked_sets_are_those_that_a_model_has():
             {"methods": {"erm": {"method": "erm", "models": "heard"}}},
             "`methods.erm.models` must be a list, got 'heard'",
         ),
+        (
+            {"training": {"eps": {"audio": 0.1, "vision": 0.1}}},
+            "`training.eps` names 'vision': the models of this recipe have audio, visual",
+        ),
+        (
+            {"methods": {"erm": {"method": "erm", "eps": {"vision": 0.1}}}},
+            "`methods.erm.eps` names 'vision'",
+        ),
+        (
+            {"evaluations": [{**EVALUATION, "eps": [{"audio": 0.1}, {"audio": 0.1, "vision": 0.1}]}]},
+            "`evaluations.quick.eps` names 'vision'",
+        ),
+        (
+            {"evaluations": [{**EVALUATION, "attacked": ["audio", "audio+vision"]}]},
+            "`evaluations.quick.attacked` names 'vision'",
+        ),
+        ({"training": {"learning_rate": float("nan")}}, "`training.learning_rate` must be a number, got nan"),
         ({"training": {"norm": "l2"}, "methods": {"erm": "remembered"}}, "`norm` must be linf, since signs are"),
         ({"data": 3}, "`evaluations.quick.data` must be text, got 3"),
         ({"seeds": [True, False]}, r"`seeds` must be different whole numbers from 0 on.* got \[True, False\]"),
@@ -243,7 +262,12 @@ def test_what_is_wrong_in_a_recipe_is_said(changes, words):
 def test_an_evaluation_must_cover_what_some_model_reads():
     given = {**GIVEN, "models": {"heard": "test_experiment:tiny_audio"}}
     with pytest.raises(ValueError, match="`eps` of the evaluation 'quick' must cover what a model reads, got none"):
-        parse_recipe({**given, "evaluations": [{**EVALUATION, "eps": {"visual": 0.1}}]})
+        parse_recipe({**given, "evaluations": [{**EVALUATION, "eps": {}}]})
+
+
+def test_a_text_is_a_list_of_one():
+    metrics = parse_recipe({**GIVEN, "metrics": {"layers": "latent", "spaces": "raw"}}).metrics
+    assert metrics is not None and (metrics.layers, metrics.spaces) == (("latent",), ("raw",))
 
 
 def test_a_budget_may_be_a_number():
@@ -400,9 +424,29 @@ def test_results_of_other_settings_are_not_taken_for_these(finished, tmp_path):
     assert (out / "recipe.toml").read_text() == RECIPE + METRICS
 
 
+def test_a_training_done_anew_is_not_taken_for_the_one_that_was_judged(finished, tmp_path, tiny, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    unit = out / "heard/erm/0"
+    (unit / "training.json").unlink()
+    card = unit / "training/card.json"
+    anew = json.dumps({**json.loads(card.read_text()), "sha256": "0" * 64})
+    monkeypatch.setattr(running, "train", lambda *_, **__: card.write_text(anew))
+    outcome = run(finished[0].parent / "tiny.toml", out)
+    assert sorted(outcome.failed) == ["heard/erm/0: metrics", "heard/erm/0: quick", "heard/erm/0: search"]
+    words = "holds a quick of other weights than those of its training: delete its quick.json and quick"
+    assert words in outcome.failed["heard/erm/0: quick"]
+    for call in (lambda: run(finished[0].parent / "tiny.toml", out), lambda: report_of(out)):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
 def test_a_pattern_that_fits_nothing_is_an_error(tiny, tmp_path):
     with pytest.raises(ValueError, match="`only` 'x' fits no MODEL/METHOD/SEED of the recipe, such as heard/erm/0"):
         run(tiny, tmp_path / "out", only="x")
+    with pytest.raises(ValueError, match=r"`only` '\*/emr/0' fits no MODEL/METHOD/SEED"):
+        run(tiny, tmp_path / "out", only="*/emr/0", shard=(0, 2))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_shard_does_its_share(tiny, tmp_path):
@@ -435,11 +479,12 @@ def test_chance_is_what_a_model_scores_that_tells_no_clip_from_another(finished,
     out, (report, results) = finished[0], reported
     clean = Ledger(out / "both/erm/0/quick").read("clean")
     counts = np.bincount(np.concatenate(clean["labels"].to_list()), minlength=3)
-    assert results.scores["quick"].chance == pytest.approx(counts[counts > 0].mean() / len(clean))
+    expected = np.mean([random_average_precision(int(count), len(clean)) for count in counts if count])
+    assert results.scores["quick"].chance == pytest.approx(expected)
     assert results.scores["search"].chance == pytest.approx(
         np.bincount(np.concatenate(Ledger(out / "both/erm/0/search").read("clean")["labels"].to_list())).max() / 12
     )
-    assert any(f"a mAP of {results.scores['quick'].chance:.3f} on these clips" in note for note in report.notes)
+    assert any(f"about a mAP of {results.scores['quick'].chance:.3f} on these clips" in note for note in report.notes)
 
 
 def test_a_search_that_spares_broken_clips_is_reported_by_hits(reported):
@@ -491,6 +536,18 @@ def test_cost_is_that_of_the_cards_relative_to_the_baseline(finished, reported):
     cards = [json.loads(path.read_text()) for path in out.glob("both/erm/*/training/card.json")]
     mean = sum(card["cost"]["cpu_seconds"] for card in cards) / len(cards)
     assert results.costs["both", "erm"].seconds == pytest.approx(mean)
+    assert results.costs["both", "erm"].device == "cpu"
+
+
+def test_seconds_of_two_devices_are_not_divided_by_one_another():
+    results = synthetic({k: s for m in ("erm", "at") for k, s in curve("ear", m, "audio", 0.8, 0.6, 0.5).items()})
+    plain = results.costs["ear", "erm"]
+    for device, told in (("cpu", True), ("cuda", False), ("cpu+cuda", False)):
+        costs = {**results.costs, ("ear", "at"): plain._replace(device=device)}
+        tables = tables_of(replace(results, costs=costs))
+        list(protection(tables))
+        (row,) = [r for r in tables.rows if (r["table"], r["method"]) == ("seconds, times", "at")]
+        assert bool(np.isnan(row["value"])) is not told
 
 
 def test_a_part_is_reported_as_such(finished, tmp_path):
@@ -626,10 +683,15 @@ def test_budgets_and_scores_between_those_that_were_tried():
     assert budget_of_drop(drops, 0.0) == 0
     assert np.isnan(budget_of_drop(drops, 0.7))
     assert budget_of_drop({0.01: 0.3, 0.02: 0.2, 0.03: 0.5}, 0.4) == pytest.approx(0.025)  # the curve made to rise
-    places = {0.0: sampled(0.0), 0.01: sampled(0.2), 0.02: sampled(0.6)}
-    assert interpolated(places, 0.015).mean == pytest.approx(0.4)
-    assert interpolated(places, 0.02).mean == pytest.approx(0.6)
-    assert interpolated(places, 0.5).mean == pytest.approx(0.6)
+
+
+def test_a_share_is_taken_where_single_models_lose_as_much():
+    ear, eye = {0.01: 0.4, 0.02: 0.6}, {0.01: 0.1, 0.02: 0.2}  # 0.2 is lost at 0.005 of audio
+    share, budgets = matched_share([ear, eye], [{0.01: 0.6, 0.02: 0.7}, {0.01: 0.05, 0.02: 0.1}], [0.02, 0.02])
+    assert budgets == (0.005, 0.02) and share == pytest.approx(0.3 / (0.3 + 0.1))
+    assert matched_share([ear, ear], [ear, eye], [0.01, 0.01]).budgets == (0.01, 0.01)
+    assert np.isnan(matched_share([ear, {0.02: -0.1}], [ear, eye], [0.02, 0.02]).share)  # one loses nothing
+    assert np.isnan(matched_share([ear, eye], [{0.02: 0.0}, {0.02: 0.0}], [0.02, 0.02]).share)
 
 
 # Tables of synthetic results
@@ -649,7 +711,7 @@ def synthetic(scores, *, methods=("erm", "at"), epsilon="0.02", clips=100, right
         parse_recipe({**GIVEN, "methods": dict.fromkeys(methods, "erm")}),
         models=MODELS, methods=methods, baseline="erm", reference="at", epsilon=epsilon,
     )  # fmt: skip
-    costs = {(m, t): Cost(2, 100 * (1 + 7 * (t == "at")), 5) for m, t in {key[:2] for key in scores}}
+    costs = {(m, t): Cost(2, 100 * (1 + 7 * (t == "at")), 5, "cpu") for m, t in {key[:2] for key in scores}}
     return Results(experiment, {"quick": made}, costs, latent if latent is not None else pd.DataFrame(), {}, 1)
 
 
@@ -674,7 +736,8 @@ def test_synergy_is_the_joint_drop_beyond_the_worse_of_the_single_ones():
     }
     tables = tables_of(synthetic(scores))
     (grid,) = vulnerability(tables)
-    assert grid.body[0][-1] == ("+0.300", between(0.3, 0.3))  # 0.7 - 0.4
+    assert grid.body[0][-2] == ("+0.300", between(0.3, 0.3))  # 0.7 - 0.4
+    assert grid.body[0][-1][0] == "2", "seeds"
     assert grid.body[0][3][0] == "-", "there are no models of one modality to match budgets by"
 
 
@@ -693,6 +756,45 @@ def test_vulnerability_is_told_at_budgets_that_cost_single_models_the_same():
     assert row[3][0] == "0.750"  # 0.3 / (0.3 + 0.1)
     (told,) = [r for r in tables.rows if r["table"] == "vulnerability"]
     assert told["value"] == pytest.approx(0.75)
+
+
+def scattered(*points, seeds=(0, 1)):
+    return sampled(*points, noise=0.02, seeds=seeds, seed=int(1000 * sum(points)))
+
+
+def test_vulnerability_keeps_to_the_seeds_that_all_conditions_have():
+    """One condition of one seed was not valid."""
+    full = {("ear", "erm", "audio"): (0.4, 0.2), ("eye", "erm", "visual"): (0.6, 0.5),
+            ("both", "erm", "audio"): (0.3, 0.2), ("both", "erm", "visual"): (0.85, 0.8)}  # fmt: skip
+    scores = {(m, t, "", ""): scattered(0.9, 0.8) for m, t, _ in full}
+    for (m, t, attacked), robust in full.items():
+        scores |= {(m, t, attacked, e): scattered(r, r - 0.1) for e, r in zip(("0.01", "0.02"), robust, strict=True)}
+    broken = ("both", "erm", "audio", "0.01")
+    for seeds, told in (((0, 1), "2"), ((1,), "1")):
+        points = [scores[broken].points[seed] for seed in seeds]
+        tables = tables_of(synthetic({**scores, broken: scattered(*points, seeds=seeds)}))
+        (grid,) = vulnerability(tables)
+        assert grid.body[0][-1][0] == told
+        (row,) = [r for r in tables.rows if r["table"] == "vulnerability"]
+        assert row["low"] < row["value"] < row["high"]
+    without_it = {**scores, broken: scattered(0.3, seeds=(5,))}  # the smaller epsilon is of no use then
+    (grid,) = vulnerability(tables_of(synthetic(without_it)))
+    assert grid.body[0][-1][0] == "2"
+
+
+def test_budgets_are_matched_anew_on_every_resample():
+    """Where the single models' curves are all that is uncertain, the share is uncertain too."""
+    scores = {
+        **curve("ear", "erm", "audio", 0.8, 0.4, 0.2),
+        **curve("eye", "erm", "visual", 0.8, 0.6, 0.6),
+        **curve("both", "erm", "audio", 0.9, 0.3, 0.2),
+        **curve("both", "erm", "visual", 0.9, 0.85, 0.8),
+    }
+    scores["ear", "erm", "audio", "0.01"] = sampled(0.4, 0.4, noise=0.05)
+    tables = tables_of(synthetic(scores))
+    list(vulnerability(tables))
+    (told,) = [r for r in tables.rows if r["table"] == "vulnerability"]
+    assert told["value"] == pytest.approx(0.75) and told["high"] - told["low"] > 0.03
 
 
 def test_vulnerability_is_told_of_epsilons_that_differ_by_modality():
@@ -726,9 +828,9 @@ def test_fused_models_are_held_against_the_model_of_what_is_attacked():
         **curve("both", "erm", "audio+visual", 0.9, 0.4, 0.1),
     }
     (grid,) = against_single(tables_of(synthetic(scores)))
-    assert grid.head[2:] == ["clean", "audio", "visual", "both"]
+    assert grid.head[2:] == ["clean", "audio", "visual", "both", "seeds"]
     (row,) = grid.body
-    assert [text for text, _ in row[2:]] == ["+0.200", "+0.300", "+0.300", "-0.300"]
+    assert [text for text, _ in row[2:]] == ["+0.200", "+0.300", "+0.300", "-0.300", "2"]
 
 
 def test_gaps_and_comparisons_leave_out_what_they_are_made_of():
@@ -745,7 +847,7 @@ def test_gaps_and_comparisons_leave_out_what_they_are_made_of():
              ("ear", "mix", *place): {0: bad, 1: bad}}  # fmt: skip
     tables = tables_of(synthetic(scores, methods=methods, right=right))
     (grid,) = gaps(tables)
-    assert [[cell[0] for cell in row] for row in grid.body] == [["ear", "mix", "0.250", "0.12"]]
+    assert [[cell[0] for cell in row] for row in grid.body] == [["ear", "mix", "0.250", "2", "0.12"]]
     (grid,) = comparisons(tables)
     rows = {tuple(cell[0] for cell in row[:3]): row[3:] for row in grid.body}
     assert set(rows) == {("ear", "at", "erm"), ("ear", "mix", "erm"), ("ear", "mix", "at")}
@@ -756,6 +858,31 @@ def test_gaps_and_comparisons_leave_out_what_they_are_made_of():
     assert told["at", "against erm", "audio"]["p"] == pytest.approx(flip_test(2 * (1 - bad.astype(int))))
     assert told["mix", "against erm", "audio"]["p"] == 1
     assert told["at", "against erm", "audio"]["p_holm"] / told["at", "against erm", "audio"]["p"] == pytest.approx(6)
+
+
+def test_rows_say_how_many_seeds_they_rest_on():
+    scores = {key: s for m, r in (("erm", 0.1), ("at", 0.5), ("mix", 0.2))
+              for key, s in curve("ear", m, "audio", 0.8, 0.6, r).items()}  # fmt: skip
+    scores["ear", "mix", "audio", "0.02"] = sampled(0.2)
+    tables = tables_of(synthetic(scores, methods=("erm", "at", "mix")))
+    grids = {table.__name__: next(iter(table(tables))) for table in (protection, gaps, comparisons)}
+    seeds = {
+        name: {tuple(cell[0] for cell in row[: grid.words]): row[grid.head.index("seeds")][0] for row in grid.body}
+        for name, grid in grids.items()
+    }
+    assert seeds["protection"] == {("ear", "erm"): "2", ("ear", "at"): "2", ("ear", "mix"): "1-2"}
+    assert seeds["gaps"] == {("ear", "mix"): "1"}
+    assert seeds["comparisons"]["ear", "mix", "at"] == "1-2" and seeds["comparisons"]["ear", "at", "erm"] == "2"
+
+
+def test_methods_look_different_and_lie_side_by_side():
+    many = tuple(f"m{i}" for i in range(20))
+    results = synthetic({}, methods=("erm", "at"))
+    looks = _looks(replace(results, experiment=replace(results.experiment, methods=many)))
+    assert len(set(looks.values())) == 20
+    assert len({(look.colour, look.line) for look in looks.values()}) == 20
+    places = apart({"a": 1.0, "b": 1.02, "c": 2.0})
+    assert places["a"] < 1 < places["b"] and places["b"] / places["a"] > 1.04 and places["c"] == 2
 
 
 def test_too_few_clips_have_no_intervals():

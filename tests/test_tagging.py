@@ -19,6 +19,7 @@ from robustav.metrics.tagging import (
     macro_mean,
     mean_average_precision,
     mean_roc_auc,
+    random_average_precision,
     roc_auc,
     top1_hit,
 )
@@ -268,3 +269,16 @@ def test_hiding_needs_a_threshold_for_every_class():
         hide_rate(scores, scores, labels, np.array([0.0, np.nan, 0, 0, 0]))
     with pytest.raises(ValueError, match="`scores` must be finite"):
         hide_rate(scores, np.full_like(scores, np.nan), labels, np.zeros(5))
+
+
+@pytest.mark.parametrize(("positives", "samples"), [(1, 1), (1, 7), (3, 10), (9, 100), (10, 10)])
+def test_random_scores_have_the_average_precision_to_expect(positives, samples):
+    rng = np.random.default_rng(0)
+    labels = (np.arange(samples) < positives).astype(int)[:, None]
+    found = [average_precision(rng.random((samples, 1)), labels)[0] for _ in range(4000)]
+    assert random_average_precision(positives, samples) == pytest.approx(np.mean(found), abs=0.01)
+
+
+def test_random_scores_need_a_positive():
+    with pytest.raises(ValueError, match="`positives` must be between 1 and the 5 samples, got 0"):
+        random_average_precision(0, 5)

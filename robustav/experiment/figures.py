@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -18,8 +18,18 @@ from robustav.metrics.intervals import FEW_CLIPS, Interval
 from robustav.report.figures import THEME
 
 MARKERS = "osD^vP*X<>hp"
+ALIKE, BESIDE = 1.04, 0.05  # prices that are drawn side by side, and how far
 CHANCE: dict[str, Any] = {"color": "0.3", "lw": 1, "ls": ":", "label": "chance"}
 MODES = {"": "0.55", "audio": "C0", "visual": "C2", "audio+visual": "C3"}
+
+
+class Look(NamedTuple):
+    """How a method is drawn; those beyond the tenth have the colours of the first ten, dashed and hollow."""
+
+    colour: str
+    marker: str
+    line: str
+    fill: str
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -44,13 +54,13 @@ def by_cost(tables: Tables) -> Figure:
     figure, axes, models = _panels(results, width=3.2, height=3.0)
     for axis, model in zip(axes, models, strict=True):
         plain = results.costs.get((model, results.experiment.baseline))
-        for method in _methods(results, model):
+        methods = _methods(results, model) if plain else []
+        places = apart({m: results.costs[model, m].passes / plain.passes for m in methods}) if plain else {}
+        for method in methods:
             score = tables.scores.get(model, method, tables.all_of(model))
-            if score is None or plain is None:
+            if score is None:
                 continue
-            x = results.costs[model, method].passes / plain.passes
-            colour, marker = looks[method]
-            _point(axis, tables, x, score.mean, score.interval, colour, marker, method)
+            _point(axis, tables, places[method], score.mean, score.interval, looks[method], method)
         axis.set(title=model, xscale="log", xlabel=f"passes, times {results.experiment.baseline}'s")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.xaxis.set_minor_locator(NullLocator())
@@ -80,9 +90,8 @@ def by_mode(tables: Tables) -> Figure:
             for y, method in enumerate(methods):
                 score = tables.scores.get(model, method, where)
                 if score is not None:
-                    _point(
-                        axis, tables, score.mean, y + offset, score.interval, colour, "o", called(attacked), flat=True
-                    )
+                    look = Look(colour, "o", "-", colour)
+                    _point(axis, tables, score.mean, y + offset, score.interval, look, called(attacked), flat=True)
         axis.set(
             title=model, xlim=(0, 1), yticks=range(len(methods)), yticklabels=methods, xlabel=tables.scores.headline
         )
@@ -100,9 +109,9 @@ def by_epsilon(tables: Tables) -> Figure:
         places = [UNTOUCHED, *(where for where in tables.scores.places(model) if where.attacked == wide)]
         for method in _methods(results, model):
             found = [(i, s) for i, w in enumerate(places) if (s := tables.scores.get(model, method, w)) is not None]
-            colour, marker = looks[method]
+            look = looks[method]
             x, y = [i for i, _ in found], [score.mean for _, score in found]
-            axis.plot(x, y, marker=marker, color=colour, ms=4, lw=1.2, label=method)
+            axis.plot(x, y, look.line, marker=look.marker, color=look.colour, mfc=look.fill, ms=4, lw=1.2, label=method)
         axis.axhline(tables.scores.chance, **CHANCE)
         parts = sorted(results.experiment.models[model])
         ticks = ["0", *(_numbers(where.epsilon, parts) for where in places[1:])]
@@ -138,9 +147,33 @@ def _methods(results: Results, model: str) -> list[str]:
     return [method for other, method in results.trainings() if other == model]
 
 
-def _looks(results: Results) -> Mapping[str, tuple[str, str]]:
-    """A colour and a marker for each method; of more methods than colours, those alike have other markers."""
-    return {m: (f"C{i % 10}", MARKERS[i % len(MARKERS)]) for i, m in enumerate(results.experiment.methods)}
+def apart(prices: Mapping[str, float]) -> dict[str, float]:
+    """Prices, those that hardly differ moved side by side so that none hides another; on a logarithmic axis.
+
+    >>> apart({"a": 1.0, "b": 4.0, "c": 1.0})
+    {'a': 0.975, 'b': 4.0, 'c': 1.025}
+    """
+    groups: list[list[str]] = []
+    for method in sorted(prices, key=lambda m: prices[m]):
+        if groups and prices[method] < ALIKE * prices[groups[-1][0]]:
+            groups[-1].append(method)
+        else:
+            groups.append([method])
+    return {
+        method: round(prices[method] * (1 + BESIDE * (group.index(method) - (len(group) - 1) / 2)), 6)
+        for method in prices
+        for group in groups
+        if method in group
+    }
+
+
+def _looks(results: Results) -> Mapping[str, Look]:
+    """A look for each method."""
+    found = {}
+    for i, method in enumerate(results.experiment.methods):
+        colour, full = f"C{i % 10}", i < 10
+        found[method] = Look(colour, MARKERS[i % len(MARKERS)], "-" if full else "--", colour if full else "white")
+    return found
 
 
 def _point(
@@ -149,15 +182,14 @@ def _point(
     x: float,
     y: float,
     ends: Interval,
-    colour: object,
-    marker: str,
+    look: Look,
     label: str,
     flat: bool = False,
 ) -> None:
     """A score with its interval, upright unless it lies `flat`."""
     if tables.scores.clips >= FEW_CLIPS:
-        axis.plot(*((ends, [y, y]) if flat else ([x, x], ends)), color=colour, lw=1.6, alpha=0.45)
-    axis.plot(x, y, marker, color=colour, ms=5.5, label=label)
+        axis.plot(*((ends, [y, y]) if flat else ([x, x], ends)), color=look.colour, lw=1.6, alpha=0.45)
+    axis.plot(x, y, look.marker, color=look.colour, mfc=look.fill, ms=5.5, label=label)
 
 
 def _finished(figure: Figure, axes: Sequence[Axes], label: str, title: str = "") -> Figure:

@@ -1,14 +1,13 @@
 """Tables of models with several modalities: are they safer than one, by which modality do they fall, do attacks add up?"""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 
 from robustav.experiment.results import UNTOUCHED, Where
-from robustav.experiment.sampled import Sampled, budget_of_drop, interpolated, ratio, shared
-from robustav.experiment.tables import Tables, words
-from robustav.metrics.intervals import Interval
+from robustav.experiment.sampled import NOTHING, Matched, Sampled, matched_share, shared
+from robustav.experiment.tables import Tables, span, words
+from robustav.metrics.intervals import Interval, centred_interval
 from robustav.report.grids import Cell, Grid
 from robustav.report.text import NONE
 from robustav.threat import parse_number
@@ -20,6 +19,7 @@ def against_single(tables: Tables) -> Iterator[Grid]:
     for model, method in tables.results.trainings():
         singles = single_models(tables, model)
         cells: list[Cell] = []
+        seeds = set[int]()
         for _, where in tables.columns() if singles else []:
             rivals = [singles[where.attacked]] if where.attacked in singles else list(singles.values())
             found = shared(
@@ -28,13 +28,14 @@ def against_single(tables: Tables) -> Iterator[Grid]:
             )
             change = found[0].minus(max(found[1:], key=lambda one: one.mean)) if found else None
             cells.append(tables.change("against one modality", model, method, where, change))
+            seeds |= {len(change.seeds)} if change else set()
         if cells:
-            body.append([*words(model, method), *cells])
+            body.append([*words(model, method), *cells, *words(span(seeds))])
     if body:
         yield Grid(
             f"several modalities minus one: {tables.scores.headline} of the fused model minus that of the model which has "
             f"the attacked modality alone (clean and both: the better of those), epsilon {tables.epsilon}",
-            ["model", "method", *(title for title, _ in tables.columns())],
+            ["model", "method", *(title for title, _ in tables.columns()), "seeds"],
             body,
             words=2,
         )
@@ -52,45 +53,46 @@ def vulnerability(tables: Tables) -> Iterator[Grid]:
         found = shared(joint, *singly)
         excess = found[0].minus(max(found[1:], key=lambda one: one.mean)) if found else None
         synergy = tables.change("synergy", model, method, tables.all_of(model), excess)
-        share, budgets = _share(tables, model, method, parts)
-        at = ", ".join(f"{m} {budget:.2g}" for m, budget in budgets.items())
-        told = tables.tell("vulnerability", model, method, Where(parts[0], at), *share) if budgets else (NONE, "")
-        body.append([*words(model, method, parts[0]), told, *words(at or NONE), synergy])
+        point, ends, seeds = _share(tables, model, method, parts)
+        at = ", ".join(f"{m} {budget:.2g}" for m, budget in zip(parts, point.budgets, strict=False))
+        where = Where(parts[0], at)
+        told = tables.tell("vulnerability", model, method, where, point.share, ends, seeds=seeds) if at else (NONE, "")
+        counts = {seeds, len(found[0].seeds) if found else 0} - {0}
+        body.append([*words(model, method, parts[0]), told, *words(at or NONE), synergy, *words(span(counts))])
     if body:
         yield Grid(
             f"vulnerability index of a modality, and synergy of attacks ({tables.scores.headline}, epsilon {tables.epsilon})",
-            ["model", "method", "modality", "its share of the drop", "at matched budgets", "synergy"],
+            ["model", "method", "modality", "its share of the drop", "at matched budgets", "synergy", "seeds"],
             body,
             words=3,
         )
 
 
-def _share(
-    tables: Tables, model: str, method: str, parts: list[str]
-) -> tuple[tuple[float, Interval], dict[str, float]]:
-    """The first modality's share of both single drops, at budgets that cost the models of one modality the same.
-
-    Of these, the one that loses more at the headline epsilon has its budget lowered until it loses as little as the
-    other. No budgets: it cannot be told.
-    """
-    nothing = (np.nan, Interval(np.nan, np.nan)), dict[str, float]()
+def _share(tables: Tables, model: str, method: str, parts: list[str]) -> tuple[Matched, Interval, int]:
+    """`matched_share` at the headline epsilon, its interval, budgets matched anew on every resample, and the seeds."""
+    nothing = Matched(np.nan, ()), NOTHING, 0
     singles = single_models(tables, model)
-    own = {part: _curve(tables, model, method, part) for part in parts}
-    alone = {part: _curve(tables, singles[part], method, part) for part in parts} if singles else {}
-    headline = {part: number_of(tables.epsilon, part) for part in parts}
-    if not alone or any(headline[part] not in curves[part] for curves in (own, alone) for part in parts):
+    if not singles:
         return nothing
-    matched = min(alone[part][headline[part]].mean for part in parts)
-    if matched <= 0:
+    curves = [_curve(tables, singles[part], method, part) for part in parts]
+    curves += [_curve(tables, model, method, part) for part in parts]
+    at = [number_of(tables.epsilon, part) for part in parts]
+    if any(headline not in curve for curve, headline in zip(curves, at * 2, strict=True)):
         return nothing
-    budgets = {
-        part: headline[part]
-        if curve[headline[part]].mean == matched
-        else budget_of_drop({epsilon: one.mean for epsilon, one in curve.items()}, matched)
-        for part, curve in alone.items()
-    }
-    first, second = (interpolated({0.0: _none_of(own[p][headline[p]]), **own[p]}, budgets[p]) for p in parts)
-    return ratio(first.mean, first.mean + second.mean, first.drawn, first.drawn + second.drawn), budgets
+    found = iter(shared(*(score for curve in curves for score in curve.values())))
+    common = [{epsilon: next(found, None) for epsilon in curve} for curve in curves]
+    told = [{epsilon: score for epsilon, score in curve.items() if score is not None} for curve in common]
+    if told != common:  # no seed has them all
+        return nothing
+
+    def of(drops: list[dict[float, float]]) -> Matched:
+        return matched_share(drops[:2], drops[2:], at)
+
+    drawn = [{epsilon: score.drawn for epsilon, score in curve.items()} for curve in told]
+    resamples = len(drawn[0][at[0]])
+    shares = [of([{e: float(x[i]) for e, x in curve.items()} for curve in drawn]).share for i in range(resamples)]
+    point = of([{epsilon: score.mean for epsilon, score in curve.items()} for curve in told])
+    return point, centred_interval(point.share, np.array(shares)), len(told[0][at[0]].seeds)
 
 
 def _curve(tables: Tables, model: str, method: str, part: str) -> dict[float, Sampled]:
@@ -126,7 +128,3 @@ def number_of(epsilon: str, part: str = "") -> float:
         return float(parse_number(by_part.get(part, epsilon)))
     except ValueError:
         return np.nan
-
-
-def _none_of(like: Sampled) -> Sampled:
-    return replace(like, points=0 * like.points, resampled=0 * like.resampled)

@@ -7,7 +7,7 @@ import numpy as np
 
 from robustav.experiment.results import UNTOUCHED
 from robustav.experiment.sampled import flip_test, gap_closed, shared
-from robustav.experiment.tables import Tables, words
+from robustav.experiment.tables import Tables, span, words
 from robustav.metrics.intervals import holm
 from robustav.report.grids import Cell, Grid
 from robustav.report.text import NONE, number
@@ -24,14 +24,27 @@ def protection(tables: Tables) -> Iterator[Grid]:
         cells = [tables.score("protection", model, method, w, scores.get(model, method, w)) for _, w in columns]
         times = {
             "passes, times": cost.passes / plain.passes if plain else np.nan,
-            "seconds, times": cost.seconds / plain.seconds if plain else np.nan,
+            "seconds, times": cost.seconds / plain.seconds
+            if plain and cost.device == plain.device and "+" not in cost.device
+            else np.nan,
         }
         for name, value in ({"passes a clip": cost.passes_a_clip, "seconds": cost.seconds} | times).items():
             tables.tell(name, model, method, UNTOUCHED, value)
-        spent = [number(cost.passes_a_clip, 1), number(cost.seconds, 0), *(number(t, 2) for t in times.values())]
+        ratios = [number(time, digits) for time, digits in zip(times.values(), (2, 1), strict=True)]
+        spent = [number(cost.passes_a_clip, 1), number(cost.seconds, 0), *ratios]
         flags = ", ".join(results.flags.get((model, method), ())) or NONE
-        body.append([*words(model, method), *cells, *words(*spent, flags)])
-    head = [*(title for title, _ in columns), "passes a clip", "seconds", "passes, times", "seconds, times", "flags"]
+        found = (scores.get(model, method, where) for _, where in columns)
+        seeds = span({len(score.seeds) for score in found if score is not None})
+        body.append([*words(model, method), *cells, *words(seeds, *spent, flags)])
+    head = [
+        *(title for title, _ in columns),
+        "seeds",
+        "passes a clip",
+        "seconds",
+        "passes, times",
+        "seconds, times",
+        "flags",
+    ]
     yield Grid(
         f"{scores.headline} clean and under attack at epsilon {tables.epsilon} (worst case), and cost of training",
         ["model", "method", *head],
@@ -51,19 +64,24 @@ def gaps(tables: Tables) -> Iterator[Grid]:
         if method in (experiment.baseline, experiment.reference):
             continue
         cells: list[Cell] = []
+        seeds = set[int]()
         for _, where in columns:
             methods = (method, experiment.baseline, experiment.reference)
             three = shared(*(tables.scores.get(model, m, where) for m in methods))
-            closed = tables.tell("gap closed", model, method, where, *gap_closed(*three)) if three else (NONE, "")
-            cells.append(closed)
+            if three:
+                count = len(three[0].seeds)
+                cells.append(tables.tell("gap closed", model, method, where, *gap_closed(*three), seeds=count))
+                seeds.add(count)
+            else:
+                cells.append((NONE, ""))
         price = costs.get((model, experiment.reference))
         share = number(costs[model, method].passes / price.passes, 2) if price else NONE
-        body.append([*words(model, method), *cells, *words(share)])
+        body.append([*words(model, method), *cells, *words(span(seeds), share)])
     if body:
         yield Grid(
             f"share of the gap between {experiment.baseline} and {experiment.reference} that is closed "
             f"({tables.scores.headline}, epsilon {tables.epsilon})",
-            ["model", "method", *(title for title, _ in columns), f"passes, times {experiment.reference}'s"],
+            ["model", "method", *(title for title, _ in columns), "seeds", f"passes, times {experiment.reference}'s"],
             body,
             words=2,
         )
@@ -88,17 +106,22 @@ def comparisons(tables: Tables) -> Iterator[Grid]:
         return
     adjusted = holm(np.array([test["p"] for test in tests]))
     lines: dict[tuple[str, str, str], dict[str, Cell]] = {}
+    seeds: dict[tuple[str, str, str], set[int]] = {}
     for test, p in zip(tests, adjusted, strict=True):
         model, method, against = key = test["key"]
         more = {"p": test["p"], "p_holm": p}
         text, ends = tables.change(f"against {against}", model, method, test["where"], test["change"], **more)
+        seeds.setdefault(key, set()).add(len(test["change"].seeds))
         lines.setdefault(key, {})[test["title"]] = (f"{text}*" if p < ALPHA else text, ends)
     titles = [title for title, _ in tables.columns()]
     yield Grid(
         f"difference of {tables.scores.headline} at epsilon {tables.epsilon} on the same clips and seeds (* the top-1 hits "
         f"differ, p < {ALPHA:g} after Holm's adjustment for {len(tests)} tests)",
-        ["model", "method", "minus", *titles],
-        [[*words(*key), *(found.get(title, (NONE, "")) for title in titles)] for key, found in lines.items()],
+        ["model", "method", "minus", *titles, "seeds"],
+        [
+            [*words(*key), *(found.get(title, (NONE, "")) for title in titles), *words(span(seeds[key]))]
+            for key, found in lines.items()
+        ],
         words=3,
     )
 

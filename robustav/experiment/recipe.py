@@ -164,16 +164,22 @@ def parse_recipe(given: Mapping[str, Any]) -> Experiment:
     seeds = _seeds("`seeds`", given.get("seeds", [0, 1, 2]))
     built = {label: inputs_of(model) for label, model in models.items()}
     reads = {label: dict(model.specs) for label, model in built.items()}
+    _check_modalities("training.eps", settings.get("eps"), reads)
     units: list[Unit] = []
     for s, seed in enumerate(seeds):
         for i, (label, model) in enumerate(models.items()):
             for j, (method, entry) in enumerate(methods.items()):
                 own = _method(method, entry, models, seeds)
+                _check_modalities(f"methods.{method}.eps", own.get("eps"), reads)
                 if label in own.pop("models") and seed in own.pop("seeds"):
                     training = _training(model, seed, {**settings, **own}, built[label])
                     units.append(Unit(label, method, seed, training, tuple(sorted(reads[label])), s + i + j))
     evaluations = _evaluations(given, seeds)
     for asked in evaluations:
+        for eps in asked.eps:
+            _check_modalities(f"evaluations.{asked.name}.eps", eps, reads)
+        parts = {part.strip() for chosen in asked.attacked if chosen != "both" for part in chosen.split("+")}
+        _check_modalities(f"evaluations.{asked.name}.attacked", dict.fromkeys(sorted(parts)), reads)
         for label, specs in reads.items():
             if (made := asked.of(models[label], sorted(specs))) is not None:
                 parse_epsilons(list(made.eps), specs, made.norm)
@@ -197,6 +203,13 @@ def known(where: str, given: Mapping[str, Any], names: Iterable[str]) -> None:
     """Raise `ValueError` for a key that there is not."""
     if unknown := [key for key in given if key not in names]:
         raise ValueError(f"{where} has no key {unknown[0]!r}: there are {', '.join(names)}")
+
+
+def _check_modalities(where: str, named: Any, reads: Mapping[str, Mapping[str, InputSpec]]) -> None:
+    """Raise `ValueError` where a table names a modality that no model of the recipe has; a text is for others to read."""
+    have = sorted({m for specs in reads.values() for m in specs})
+    if isinstance(named, Mapping) and (unknown := [m for m in named if m not in have]):
+        raise ValueError(f"`{where}` names {unknown[0]!r}: the models of this recipe have {', '.join(have)}")
 
 
 def fitted(budgets: Mapping[str, Any], modalities: Iterable[str]) -> str:
@@ -286,7 +299,8 @@ def _metrics(given: Mapping[str, Any], model: str) -> Metrics | None:
     settings = _table(given, "metrics", object, needed=False)
     known("`metrics`", settings, [f.name for f in fields(Metrics)])
     check_types(Metrics, settings, "metrics")
-    made = Metrics(**{"data": given.get("data"), **_frozen(settings)})
+    several = {key: _many(settings[key]) for key in ("layers", "spaces") if key in settings}
+    made = Metrics(**{"data": given.get("data"), **settings, **several})
     made.survey(model, "cpu")  # this and the next look at their own settings
     made.wanted()
     return made

@@ -18,7 +18,7 @@ from robustav.flags import inspect
 from robustav.geometry.measure import MACRO
 from robustav.ledger import Ledger
 from robustav.metrics.intervals import bootstrap, bootstrap_weights
-from robustav.metrics.tagging import mean_average_precision, top1_hit
+from robustav.metrics.tagging import mean_average_precision, random_average_precision, top1_hit
 from robustav.plan import CLEAN
 from robustav.report.table import light, settle_all, usable, worst_case
 from robustav.report.words import WORST, header_of
@@ -162,8 +162,11 @@ def scores_of(name: str, judged: Sequence[Judged]) -> Scores:
         points, resampled = (np.array(values) for values in zip(*by_seed.values(), strict=True))
         found[score, key] = Sampled(tuple(by_seed), points, resampled, rate=score == "top1")
     ids = tuple(clip for clip, counts in zip(first.clips, labelled, strict=True) if counts)
-    shares = first.labels[:, first.labels.any(0)].mean(0)
-    chance = float(shares.mean() if first.headline == "mAP" else first.labels[labelled].mean(0).max(initial=0.0))
+    if first.headline == "mAP":
+        counts = [int(count) for count in first.labels.sum(0) if count]
+        chance = float(np.mean([random_average_precision(count, len(first.clips)) for count in counts]))
+    else:
+        chance = float(first.labels[labelled].mean(0).max(initial=0.0))
     return Scores(name, first.headline, len(first.clips), found, hits, ids, first.about, chance)
 
 
@@ -173,6 +176,7 @@ class Cost(NamedTuple):
     passes_a_clip: float  # forward and backward together
     passes: float  # in all
     seconds: float  # of CPU; of the wall for what a GPU did
+    device: str  # cpu, cuda, or both joined by +: their seconds cannot be compared
 
 
 @dataclass(frozen=True)
@@ -234,7 +238,7 @@ def read_results(experiment: Experiment, out: Path) -> Results:
     return Results(
         experiment,
         {name: scores_of(name, several) for name, several in judged.items() if several},
-        {key: Cost(*np.mean(several, axis=0).tolist()) for key, several in cards.items()},
+        {key: _mean_cost(several) for key, several in cards.items()},
         pd.concat(latents, ignore_index=True) if latents else pd.DataFrame(),
         {key: tuple(names) for key, names in flags.items()},
         trained,
@@ -250,7 +254,13 @@ def _cost(stage: Stage) -> Cost:
     spent = card["cost"]
     passes = spent["forwards"] + spent["backwards"]
     seconds = spent["cpu_seconds" if card["device"] == "cpu" else "seconds"]  # whatever else the machine was doing
-    return Cost(passes / max(1, spent["clips"]), passes, seconds)
+    return Cost(passes / max(1, spent["clips"]), passes, seconds, card["device"])
+
+
+def _mean_cost(costs: Sequence[Cost]) -> Cost:
+    """Over the seeds."""
+    passes_a_clip, passes, seconds = np.mean([cost[:3] for cost in costs], axis=0).tolist()
+    return Cost(passes_a_clip, passes, seconds, "+".join(sorted({cost.device for cost in costs})))
 
 
 def _latent(stage: Stage) -> pd.DataFrame:

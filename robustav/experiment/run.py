@@ -19,7 +19,7 @@ from robustav.harness import Settings
 from robustav.ledger import write_atomically
 from robustav.study import study
 from robustav.training.loop import train
-from robustav.training.trained import load_trained
+from robustav.training.trained import CARD, load_trained
 
 RECIPE = "recipe.toml"
 TRAINING, METRICS = "training", "metrics"
@@ -29,7 +29,8 @@ TRAINING, METRICS = "training", "metrics"
 class Stage:
     """One training, one evaluation or one look at latents: what is done as a whole or begun again where it stopped.
 
-    `asked` is what it was asked for; it is kept beside the result, so that a changed recipe is not taken for the same.
+    `asked` is what it was asked for; it is kept beside the result, so that a changed recipe is not taken for the same, and
+    so is the checksum of the weights in `card`, so that a training done anew is not taken for the one that was judged.
     """
 
     unit: Unit
@@ -37,6 +38,7 @@ class Stage:
     folder: Path  # of the unit
     asked: Mapping[str, Any]
     do: Callable[[], Mapping[str, Any]] = field(repr=False)  # returns what to keep beside it
+    card: Path | None = None  # of the training that it looks at
 
     @property
     def words(self) -> str:
@@ -63,15 +65,34 @@ class Stage:
         """Whether it was done; raises `ValueError` if it was done otherwise than it is asked for now."""
         if not self.mark.is_file():
             return False
-        before = self.kept()["asked"]
-        now = json.loads(json.dumps(self.asked, default=str))
+        kept = self.kept()
+        before, now = kept["asked"], json.loads(json.dumps(self.asked, default=str))
         if different := [key for key in {**before, **now} if before.get(key) != now.get(key)]:
             key = different[0]
             raise ValueError(
                 f"{self.folder} holds a {self.name} with other settings (`{key}`: {before.get(key)!r} there, "
-                f"{now.get(key)!r} in the recipe): choose another --out, or delete that folder"
+                f"{now.get(key)!r} in the recipe): choose another --out, or delete {self._files()}"
+            )
+        weights = self.weights()
+        if weights is not None and kept.get("weights") != weights:
+            raise ValueError(
+                f"{self.folder} holds a {self.name} of other weights than those of its {TRAINING}: delete {self._files()}"
             )
         return True
+
+    def weights(self) -> str | None:
+        """The checksum of the weights that it looks at; None if it looks at none, or they are not there yet."""
+        if self.card is None or not self.card.is_file():
+            return None
+        found = json.loads(self.card.read_bytes()).get("sha256")
+        assert found is None or isinstance(found, str)
+        return found
+
+    def _files(self) -> str:
+        """What there is of it, for people."""
+        if self.card is None:  # and with a training what follows from it
+            return "that folder"
+        return f"its {self.mark.name} and {self.name}{'.csv' if self.name == METRICS else ''}"
 
 
 @dataclass
@@ -103,9 +124,10 @@ def run(
     """
     began, recipe = time.monotonic(), Path(recipe)
     experiment, out = read_recipe(recipe), default_folder(recipe, out)
-    chosen = [u for u in experiment.units if fnmatchcase(u.name, only) and u.turn % shard[1] == shard[0]]
-    if not chosen and shard[1] == 1:
+    fitting = [unit for unit in experiment.units if fnmatchcase(unit.name, only)]
+    if not fitting:
         raise ValueError(f"`only` {only!r} fits no MODEL/METHOD/SEED of the recipe, such as {experiment.units[0].name}")
+    chosen = [unit for unit in fitting if unit.turn % shard[1] == shard[0]]
     stages = {unit: list(stages_of(experiment, unit, out, device, progress)) for unit in chosen}
     for stage in (stage for several in stages.values() for stage in several):
         stage.finished()  # says so if it was done with other settings
@@ -115,7 +137,12 @@ def run(
         for stage in stages[unit]:
             late = budget is not None and time.monotonic() - began > 60 * budget
             untrained = stage.name != TRAINING and not stages[unit][0].finished()
-            if stage.finished():
+            try:
+                done = stage.finished()
+            except ValueError as error:  # its training was there no more, and has come out otherwise
+                outcome.failed[stage.words] = str(error)
+                continue
+            if done:
                 outcome.done.append(stage.words)
             elif late or untrained:
                 outcome.left.append(stage.words)
@@ -135,7 +162,7 @@ def stages_of(
 ) -> Iterator[Stage]:
     """The training first, then what needs it."""
     folder = out / unit.name
-    trained = f"trained:{folder / TRAINING}"
+    trained, card = f"trained:{folder / TRAINING}", folder / TRAINING / CARD
 
     def training() -> Mapping[str, Any]:
         train(unit.training, folder / TRAINING, device=device, progress=progress)
@@ -156,9 +183,9 @@ def stages_of(
         evaluation = asked.of(trained, unit.modalities) if asked.seeds is None or unit.seed in asked.seeds else None
         if evaluation is not None:
             words = {key: value for key, value in vars(evaluation).items() if key != "model" and value is not None}
-            yield Stage(unit, asked.name, folder, words, partial(judged, asked.name, evaluation))
+            yield Stage(unit, asked.name, folder, words, partial(judged, asked.name, evaluation), card)
     if experiment.metrics is not None:
-        yield Stage(unit, METRICS, folder, asdict(experiment.metrics), partial(measured, experiment.metrics))
+        yield Stage(unit, METRICS, folder, asdict(experiment.metrics), partial(measured, experiment.metrics), card)
 
 
 def _attempt(stage: Stage, outcome: Outcome, say: Callable[[str], None], where: str) -> None:
@@ -175,7 +202,8 @@ def _attempt(stage: Stage, outcome: Outcome, say: Callable[[str], None], where: 
         return
     stage.trouble.unlink(missing_ok=True)
     seconds = time.monotonic() - began
-    kept = {"asked": stage.asked, "seconds": round(seconds, 3), **more}
+    weights = {} if (found := stage.weights()) is None else {"weights": found}
+    kept = {"asked": stage.asked, **weights, "seconds": round(seconds, 3), **more}
     write_atomically(stage.mark, json.dumps(kept, indent=1, default=str).encode())
     outcome.done.append(stage.words)
     say(f"{where}{stage.words} done in {seconds:.0f} s")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -66,17 +67,6 @@ def shared(*scores: Sampled | None) -> tuple[Sampled, ...]:
     return tuple(one.at(seeds) for one in there) if seeds and len(there) == len(scores) else ()
 
 
-def interpolated(places: Mapping[float, Sampled], at: float) -> Sampled:
-    """A score between two budgets, on a straight line between the scores at them; all must be of the same seeds."""
-    budgets = sorted(places)
-    above = next((b for b in budgets if b >= at), budgets[-1])
-    below = max((b for b in budgets if b <= at), default=budgets[0])
-    low, high = places[below], places[above]
-    share = 0.0 if above == below else (at - below) / (above - below)
-    points = low.points + share * (high.points - low.points)
-    return replace(low, points=points, resampled=low.resampled + share * (high.resampled - low.resampled))
-
-
 def gap_closed(score: Sampled, baseline: Sampled, reference: Sampled) -> tuple[float, Interval]:
     """(score - baseline) / (reference - baseline) of the means over seeds, and its interval.
 
@@ -109,6 +99,39 @@ def budget_of_drop(drops: Mapping[float, float], drop: float) -> float:
     if i == 0:
         return 0.0
     return float(budgets[i - 1] + (budgets[i] - budgets[i - 1]) * (drop - curve[i - 1]) / (curve[i] - curve[i - 1]))
+
+
+class Matched(NamedTuple):
+    """A modality's share of two single drops, and the budgets at which both were taken."""
+
+    share: float
+    budgets: tuple[float, ...]
+
+
+def matched_share(
+    alone: Sequence[Mapping[float, float]], own: Sequence[Mapping[float, float]], at: Sequence[float]
+) -> Matched:
+    """The first modality's share of a fused model's single drops, at budgets that cost single models the same.
+
+    Curves are budget -> drop, one for each modality: of the model of that modality `alone`, and of the fused model's
+    `own`. Of the models alone, the one that loses more at its budget `at` has it lowered until it loses as little as the
+    other. nan where one loses nothing, or the fused model does not.
+
+    >>> matched_share([{1.0: 0.5}, {1.0: 0.25}], [{1.0: 0.75}, {1.0: 0.125}], [1.0, 1.0])
+    Matched(share=0.75, budgets=(0.5, 1.0))
+    """
+    matched = min(curve[budget] for curve, budget in zip(alone, at, strict=True))
+    if not matched > 0:
+        return Matched(np.nan, ())
+    budgets = tuple(
+        budget if curve[budget] == matched else budget_of_drop(curve, matched)
+        for curve, budget in zip(alone, at, strict=True)
+    )
+    first, second = (
+        float(np.interp(budget, [0.0, *sorted(curve)], [0.0, *(curve[b] for b in sorted(curve))]))
+        for curve, budget in zip(own, budgets, strict=True)
+    )
+    return Matched(first / (first + second) if first + second > 0 else np.nan, budgets)
 
 
 def flip_test(differences: Int[np.ndarray, " clip"]) -> float:

@@ -117,15 +117,16 @@ def _notes(tables: Tables) -> list[str]:
         )
     notes += [
         f"{tables.scores.headline} ± its standard deviation over the training seeds; in brackets 95 % intervals of the mean, "
-        f"bootstrap over clips and seeds ({RESAMPLES} resamples, the same for all, so that differences are paired). With "
-        "three seeds their own part of an interval is too narrow.",
-        f"A model that tells no clip from another has a {tables.scores.headline} of {tables.scores.chance:.3f} on these clips: "
+        f"bootstrap over clips and seeds ({RESAMPLES} resamples, the same for all, so that differences are paired). The "
+        "seeds' own part of an interval is too narrow by a fifth with three seeds, by a third with two, and missing with one.",
+        f"A model that tells no clip from another has about a {tables.scores.headline} of {tables.scores.chance:.3f} on these clips: "
         "scores about there or below are of no use, whatever share of a gap they close.",
         "Worst case: for each clip the attack, among those at this epsilon that touch no more than it, clean included, that "
         "costs the hit, and of those the one with the largest loss; then the score over all clips. Robust scores are upper "
         "bounds: a stronger attack may lower them.",
         f"Passes are forward and backward passes of one clip; times {experiment.baseline}: as many times those of "
-        f"{experiment.baseline} on the same model. Seconds depend on what else the machine did.",
+        f"{experiment.baseline} on the same model. Seconds (of CPU time, or of the wall on a GPU) depend on what else the "
+        "machine did, even those of equal work: look at passes first.",
     ]
     if experiment.reference is not None:
         notes.append(
@@ -139,7 +140,7 @@ def _notes(tables: Tables) -> list[str]:
     if any(len(specs) == 2 for specs in experiment.models.values()):
         notes.append(
             "Vulnerability: a modality's share of the two single-modality drops, at budgets at which the models of one "
-            "modality, trained alike, lose as much as one another (interpolated). Synergy: the drop under the joint attack, "
+            "modality, trained alike, lose as much as one another (interpolated, and anew on every resample). Synergy: the drop under the joint attack, "
             "both at full budget, minus the larger of the two single drops."
         )
     if len(results.latents):

@@ -1,5 +1,6 @@
 """What the tables of an experiment's report are made with: scores, the words for them, and a record of each number."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +65,11 @@ class Tables:
 def called(attacked: str) -> str:
     """A set of modalities in a word."""
     return "both" if attacked == "audio+visual" else attacked or "clean"
+
+
+def span(counts: Collection[int]) -> str:
+    """Counts in a word, `3` or `2-3`."""
+    return "-".join(map(str, sorted({min(counts), max(counts)}))) if counts else NONE
 
 
 def signed(value: float) -> str:

@@ -11,6 +11,22 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 Number = int | float | np.number
 
 
+def random_average_precision(positives: int, samples: int) -> float:
+    """Average precision to expect of scores that are drawn at random, without ties [Bestgen, 2015, doi:10.1016/j.dsp.2015.08.011].
+
+    Above the share of positives, which is what equal scores have, and the further the fewer samples there are.
+
+    >>> random_average_precision(1, 2), random_average_precision(5, 5)
+    (0.75, 1.0)
+    """
+    if not 1 <= positives <= samples:
+        raise ValueError(f"`positives` must be between 1 and the {samples} samples, got {positives}")
+    harmonic = float((1 / np.arange(1, samples + 1)).sum())
+    if samples == 1:
+        return 1.0
+    return (harmonic + (positives - 1) / (samples - 1) * (samples - harmonic)) / samples
+
+
 class MacroMean(NamedTuple):
     """An unweighted mean over classes, and over how many; print `dropped` beside `value` whenever it is not 0."""
 
