@@ -220,13 +220,14 @@ class AtFeatures(Classifier):
 
     Attacks on features are for diagnosis and for reproducing published protocols: many perturbed spectrograms belong
     to no waveform. `low` and `high` are unbounded unless given, and the unit says "feature"; what is one already
-    keeps its range.
+    keeps its range. What the classifier declares of itself, as a defence or as drawn at random, holds for the view.
     """
 
     def __init__(self, model: Classifier, *, low: float = float("-inf"), high: float = float("inf")) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.range = model, (low, high)
         self.classes, self.label_kind = model.classes, model.label_kind
+        self.needs_adaptive, self.stochastic = model.needs_adaptive, model.stochastic
         parameter = next(model.parameters(), torch.zeros(()))
         with torch.no_grad():
             empty = {m: parameter.new_zeros(1, *spec.shape) for m, spec in model.specs.items()}
@@ -248,6 +249,25 @@ class AtFeatures(Classifier):
 
     def classify(self, latent: Tensor) -> Tensor:
         return self.model.classify(latent)
+
+    def surrogate(self) -> Classifier:
+        return self._of(self.model.surrogate())
+
+    def adaptive_attacks(self) -> Mapping[str, Any]:
+        return self.model.adaptive_attacks()
+
+    def at(self, rows: Tensor) -> Classifier:
+        return self._of(self.model.at(rows))
+
+    def note(self, loss: Tensor, reached: Tensor) -> None:
+        self.model.note(loss, reached)
+
+    def _of(self, model: Classifier) -> Classifier:
+        """The same view of what stands in the model's place."""
+        if model is self.model:
+            return self
+        low, high = self.range
+        return AtFeatures(model, low=low, high=high).train(self.training)
 
 
 class Wrapped(Classifier):

@@ -12,6 +12,7 @@ from torch import Tensor
 from robustav.audio import SAMPLE_RATE, hertz_to_mel
 
 EPSILON = 2.0**-23  # float32's, 1.19e-7: where Kaldi and MSM-MAE floor power
+END = 1e-7  # amplitude, -140 dBFS: below every floor of a front end
 CHUNK = 2**19  # samples under analysis at once on a CPU: what its cache holds
 
 SLANEY_BEND = 1000.0  # Hz: the scale is linear below and logarithmic above
@@ -103,6 +104,17 @@ def in_chunks(
 def fitted(spectrogram: Float[Tensor, "batch frame bin"], frames: int | None) -> Float[Tensor, "batch frames bin"]:
     """Cut to `frames`, or filled up with zeros; all as they are where `frames` is None."""
     return spectrogram if frames is None else F.pad(spectrogram, (0, 0, 0, frames - spectrogram.shape[1]))
+
+
+def with_end(recording: Float[Tensor, " time"]) -> Float[Tensor, " time"]:
+    """A recording that does not end in digital silence, which `signal_ends` would take for padding: its last sample is `END`.
+
+    Otherwise the silence would be filled up instead of analysed, and the least sound there would change the score.
+    """
+    if len(recording) and recording[-1] == 0:
+        recording = recording.clone()
+        recording[-1] = END
+    return recording
 
 
 def signal_ends(waveform: Float[Tensor, "batch time"], *, padded: bool) -> Int[Tensor, " batch"]:

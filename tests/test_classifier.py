@@ -7,7 +7,7 @@ from torch import nn
 
 from robustav.attacks import PGD
 from robustav.audio import LogMel, hertz_to_mel, mel_filters, mel_to_hertz
-from robustav.classifier import AtFeatures, InputSpec, LateFusion, Wrapped, frames, waveform
+from robustav.classifier import AtFeatures, InputSpec, LateFusion, Wrapped, frames, missing_adaptive, waveform
 from robustav.goals import Untargeted
 from robustav.models import small
 from robustav.prepare import fold_batch_norms, medium_is_exact, prepare, quick_products
@@ -79,6 +79,34 @@ def test_features_can_be_attacked_and_the_unit_says_so():
     assert (threat.gauge(features, adversarial) <= 1).all()
     assert (threat.gauge(features, adversarial) > 0.99).all()
     assert budget.words("feature") == "linf, 0.5 feature"
+
+
+def test_what_a_model_declares_of_itself_holds_at_its_features():
+    model = with_front_ends()
+    view = AtFeatures(model, low=-9.0, high=9.0)
+    assert (view.needs_adaptive, view.stochastic, view.adaptive_attacks()) == (False, False, {})
+    assert view.surrogate() is view and view.at(torch.arange(2)) is view
+
+    class Guarded(LateFusion):
+        needs_adaptive = stochastic = True
+
+        def adaptive_attacks(self):
+            return {"knowing": PGD(3)}
+
+        def surrogate(self):
+            return model
+
+        def at(self, rows):
+            return model
+
+    guarded = Guarded(
+        dict(model.encoders), model.head, specs=model.specs, classes=CLASSES, front_ends=dict(model.front_ends)
+    )
+    view = AtFeatures(guarded, low=-9.0, high=9.0).eval()
+    assert view.needs_adaptive and view.stochastic and "knowing" in missing_adaptive(view, ["pgd"])
+    for seen in (view.surrogate(), view.at(torch.arange(2))):
+        assert isinstance(seen, AtFeatures) and seen.model is model and not seen.training
+        assert seen.specs == view.specs
 
 
 class Network(nn.Module):

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import shutil
+import wave
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +18,9 @@ from robustav.classifier import InputSpec, frames, waveform
 from robustav.data.clips import Clips
 from robustav.data.manifest import Entry, read_manifest
 from robustav.data.samples import SkippedError
+from robustav.fbank import Fbank
+from robustav.mel import END
+from robustav.training.data import packed, unpacked
 
 BOTH = {"audio": waveform(1), "visual": frames(2, 16)}
 CLASSES = ("Speech", "Male speech, man speaking", "Whistle", "Music")
@@ -204,6 +208,29 @@ def test_sound_is_cut_or_padded_to_the_model(tmp_path: Path):
         assert sample.signal["audio"].tolist() == [True] * 4_000 + [False] * 12_000
         torch.testing.assert_close(sample.inputs["audio"][:4_000].abs().max(), torch.tensor(0.5), rtol=0, atol=1e-3)
     BOTH["audio"].check("audio", end.inputs["audio"][None])
+
+
+def test_a_recording_that_ends_in_silence_is_no_shorter_clip(tmp_path: Path):
+    """Its silence is analysed as the official front ends do, not filled up; the least sound there changes nothing."""
+    write_tone(tmp_path / "a.wav", 1.0)
+    with wave.open(str(tmp_path / "a.wav")) as file:
+        settings, tone = file.getparams(), file.readframes(file.getnframes())
+    silence = bytes(len(tone))
+    with wave.open(str(tmp_path / "b.wav"), "wb") as file:
+        file.setparams(settings)
+        file.writeframes(tone + silence)
+    clips = Clips([Entry("b", tmp_path / "b.wav")], {"audio": waveform(2)}, CLASSES)
+    audio = clips.load(0).inputs["audio"]
+    assert audio[-1] == END and audio[16_400:-1].abs().max() == 0
+    spec = {"audio": waveform(2)}
+    heard = [audio, unpacked(packed(audio, spec["audio"]), spec["audio"])]  # as a training keeps it
+    tail = audio.clone()
+    tail[-1000] = 1e-9
+    front = Fbank.published("ast")
+    expected = front(tail[None])
+    for x in heard:
+        torch.testing.assert_close(front(x[None]), expected)
+    assert (front(audio[None])[0, 110:196] < -1).all()  # the floor, not the mean, which is 0
 
 
 def test_pictures_cover_the_same_time_as_the_sound(tmp_path: Path):

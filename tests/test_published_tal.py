@@ -36,6 +36,7 @@ SHAPES = {
     "talnet-tagging-64": "talnet_64mel",
     "talnet-tagging-128": "talnet_128mel_e2048",
     "tal-trans": "taltrans_64mel",
+    "tal-trans-positions": "taltrans_64mel_addpos",
     "tal-trans-tagging-64": "taltrans_64mel_addpos",
     "tal-trans-tagging-128": "taltrans_128mel_addpos",
 }
@@ -50,6 +51,7 @@ TINY = {
     "talnet": lambda task=SHORT: TalNet(task, dim=32),
     "tal-new": lambda task=SHORT: TalNet(task, dim=32, pooling="all"),
     "tal-trans": lambda task=SHORT: TalTrans(task, dim=32),
+    "tal-trans-positions": lambda task=SHORT: TalTrans(task, dim=32, positions=True),
     "tal-transformer": lambda task=SHORT: TalTransformer(task, dim=32),
     "talnet-tagging-64": lambda task=SHORT: TalNet(task, dim=32, front_end="tagging-64"),
     "talnet-tagging-128": lambda task=SHORT: TalNet(task, dim=64, front_end="tagging-128"),

@@ -19,6 +19,7 @@ from robustav.classifier import FEATURE, InputSpec, LabelKind
 from robustav.data.decode import NoTrackError, read_audio, read_frame_folder, read_frames
 from robustav.data.manifest import FEATURES, Entry
 from robustav.data.samples import Sample, SkippedError
+from robustav.mel import with_end
 
 MODALITIES = {"audio": (1, -1.0, 1.0), "visual": (4, 0.0, 1.0)}  # axes after the batch axis, low, high
 FINGERPRINT = 2**20  # bytes hashed at either end of a file
@@ -93,7 +94,7 @@ class Clips:
             end = min((entry.start or 0) + length / rate, math.inf if end is None else end)
             with needed("audio"):
                 source = given(entry.audio or entry.path, "audio")
-                audio = read_audio(source, sample_rate=rate, start=entry.start, end=end)[:length]
+                audio = with_end(read_audio(source, sample_rate=rate, start=entry.start, end=end)[:length])
             inputs["audio"] = pad(audio, (0, length - len(audio)))
             if len(audio) < length:
                 signal["audio"] = torch.arange(length) < len(audio)

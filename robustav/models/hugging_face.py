@@ -31,6 +31,7 @@ PROCESSOR, WITHIN = "processor_config.json", ("feature_extractor", "image_proces
 TOKENIZERS = ("tokenizer.json", "vocab.json")
 KEPT_OUT = ("auto_map", "attn_implementation", "_attn_implementation", "transformers_weights")  # may name foreign code
 TRAINING_ONLY = ("masked_spec_embed", "mask_token", "num_batches_tracked")  # no score depends on these
+UNREAD = ("position_ids", "pooler.dense.weight", "pooler.dense.bias", "num_batches_tracked")  # often in files, in vain
 PROBLEMS: dict[str | None, LabelKind] = {
     "multi_label_classification": "multilabel",
     "single_label_classification": "multiclass",
@@ -189,6 +190,12 @@ def _load(path: Path, architecture: str, settings: Settings) -> Any:
         more = " ..." if len(missing) > 3 else ""
         raise ValueError(
             f"{weights} does not fit config.json: missing ({len(missing)}): {', '.join(missing[:3])}{more}"
+        )
+    if unread := sorted(key for key in info["unexpected_keys"] if not key.endswith(UNREAD)):
+        more = " ..." if len(unread) > 3 else ""
+        raise ValueError(
+            f"{weights} does not fit config.json, which asks for less: unexpected ({len(unread)}): "
+            f"{', '.join(unread[:3])}{more}"
         )
     return network.float().eval()
 

@@ -14,6 +14,7 @@ from robustav.data.av_events import AvEvents
 from robustav.data.samples import Progress, Samples, SkippedError
 from robustav.data.sources import load_samples
 from robustav.harness import choose
+from robustav.mel import END
 from robustav.training.method import TrainingSet
 
 WORKERS = 8  # threads that decode
@@ -109,7 +110,8 @@ def packed(x: Tensor, spec: InputSpec) -> Tensor:
         return x
     kind, one = PACKED[spec.unit]
     limits = torch.iinfo(kind)
-    return (x * one).round().clamp(limits.min, limits.max).to(kind)
+    whole = (x * one).round().clamp(limits.min, limits.max)
+    return torch.where(x == END, 1, whole).to(kind)  # a recording's silent end is still one (`robustav.mel.with_end`)
 
 
 def unpacked(x: Tensor, spec: InputSpec) -> Tensor:

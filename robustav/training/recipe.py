@@ -61,7 +61,7 @@ class Recipe:
     precision: str = "32"
     score: str | None = None  # on validation clips: mAP (multi-label, the usual) or top1 (the usual of others)
     patience: int = 0  # epochs without a better score after which to stop; 0: never
-    keep: str = "last"  # "last" weights, or the "best" by the score
+    keep: str = "last"  # "last" weights, or the "best" by the score; neither looks at epochs whose budget still grows
 
     def __post_init__(self) -> None:
         method = parse_method(self.method)

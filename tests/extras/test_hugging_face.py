@@ -629,6 +629,13 @@ def test_weights_must_be_all_there_and_fit(copy):
         ValueError, match=r"does not fit config.json: missing \(2\): classifier.bias, classifier.weight$"
     ):
         from_directory(folder)
+    further = {key.replace("layer.0", "layer.7"): value.clone() for key, value in state.items() if "layer.0." in key}
+    pooler = {"vit.pooler.dense.weight": torch.zeros(16, 16)}  # of no use here, and in many published files
+    save_file(state | pooler, folder / "model.safetensors", metadata={"format": "pt"})
+    from_directory(folder)
+    save_file(state | further, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"which asks for less: unexpected \(\d+\): vit.encoder.layer.7."):
+        from_directory(folder)
     state["classifier.weight"] = torch.zeros(5, 16)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"cannot be loaded as ViTForImageClassification"):

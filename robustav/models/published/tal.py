@@ -400,6 +400,9 @@ TAGGING = ("Li et al., 2022, arXiv:2203.13448", "AudioTaggingDoneRight", "BSD-3-
 MODELS: dict[str, Entry] = {
     "talnet": row(TalNet, "10 convolutions, GRU, attention pooling", WANG, *ADVERSARY),
     "tal-trans": row(TalTrans, "10 convolutions, attention, attention pooling", LI, *ADVERSARY),
+    "tal-trans-positions": row(
+        lambda task: TalTrans(task, positions=True), "TAL-trans with positions added", LI, *ADVERSARY
+    ),
     "tal-new": row(lambda task: TalNet(task, pooling="all"), "TALNet, mixture of five poolings", LI, *ADVERSARY),
     "tal-transformer": row(TalTransformer, "plain transformer over frames", LI, *ADVERSARY),
     "talnet-tagging-64": row(
