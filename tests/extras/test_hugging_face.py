@@ -634,7 +634,7 @@ def test_weights_must_be_all_there_and_fit(copy):
     save_file(state | pooler, folder / "model.safetensors", metadata={"format": "pt"})
     from_directory(folder)
     save_file(state | further, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"which asks for less: unexpected \(\d+\): vit.encoder.layer.7."):
+    with pytest.raises(ValueError, match=r"which asks for less: unexpected \(16\): vit\..*7\."):
         from_directory(folder)
     state["classifier.weight"] = torch.zeros(5, 16)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
