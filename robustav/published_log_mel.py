@@ -100,18 +100,21 @@ class MsmMaeLogMel(nn.Module):
     """MSM-MAE's log-mel [Niizumi et al., 2022, arXiv:2204.12260], at 16 kHz; the model has the axes the other way round.
 
     80 bands from 50 Hz to 8 kHz of 25 ms every 10 ms, `log(power + 1.19e-7)`, then `(x - mean) / std` with the
-    statistics of the data. A batch's own are not offered: a clip's scores must not depend on its batch mates.
+    statistics of the data. A batch's own are not offered: a clip's scores must not depend on its batch mates. Where
+    `padded`, zeros at a clip's end are padding (see `with_end`), and its frames the mean.
     """
 
-    def __init__(self, *, frames: int | None = None, mean: float = 0.0, std: float = 1.0) -> None:
+    def __init__(self, *, frames: int | None = None, mean: float = 0.0, std: float = 1.0, padded: bool = False) -> None:
         super().__init__()
         check_normalisation(frames, mean, std)
-        self.frames, self.mean, self.std = frames, mean, std
+        self.frames, self.mean, self.std, self.padded = frames, mean, std, padded
         self.mel = CentredMel(bins=80, window=400, hop=160, fft=400, low=50.0, mirrored=True)
 
     def forward(self, waveform: Float[Tensor, "batch time"]) -> Float[Tensor, "batch frame bin"]:
         """Normalised, then cut or filled up with zeros, which then are the mean."""
-        return fitted(((self.mel(waveform) + EPSILON).log() - self.mean) / self.std, self.frames)
+        normalised = ((self.mel(waveform) + EPSILON).log() - self.mean) / self.std
+        whole = 1 + signal_ends(waveform, padded=self.padded) // self.mel.hop
+        return fitted(filled_up(normalised, whole), self.frames)
 
 
 class TalLogMel(nn.Module):

@@ -285,6 +285,26 @@ def test_steps_without_a_frame_of_the_clip_are_dropped(frames, steps):
     assert tiny().encode("audio", torch.randn(1, frames, 80)).shape == (1, steps, 240)
 
 
+def test_a_padded_clip_is_described_by_its_own_steps():
+    """Also the frames that it shares a chunk with are the mean, as of a clip that is read alone."""
+    model, x = tiny(), clips()
+    for seconds in (0.4, 0.64):
+        length = round(16_000 * seconds)
+        padded = torch.where(torch.arange(x.shape[1]) < length, x, 0.0)
+        frames = 1 + length // 160
+        together = model.encode("audio", model.front_end("audio", padded))
+        own = model.encode("audio", model.front_end("audio", padded)[:, :frames])
+        torch.testing.assert_close(together[:, : own.shape[1]], own)
+        assert together.shape[1] > own.shape[1] and not together[:, own.shape[1] :].any()
+        latent = model.trace({"audio": padded}).latent
+        torch.testing.assert_close(latent, own.mean(1))
+        alone = model.front_end("audio", x[:, :length])
+        torch.testing.assert_close(model.front_end("audio", padded)[:, : frames - 2], alone[:, : frames - 2])
+    torch.testing.assert_close(
+        model.trace({"audio": x}).latent, model.encode("audio", model.front_end("audio", x)).mean(1)
+    )
+
+
 def test_the_statistics_are_those_of_the_log_mel():
     x = clips()
     plain, shifted = tiny(mean=0.0, std=1.0), tiny(mean=-3.0, std=2.0)

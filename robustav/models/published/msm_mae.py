@@ -238,7 +238,7 @@ class MsmMae(Encoder, Classifier):
             bins=BINS, frames=frames, patch=patch, dim=dim, depth=depth, heads=heads, class_token=class_token
         )
         self.specs, self.classes, self.label_kind = {"audio": waveform(task.seconds)}, task.classes, task.label_kind
-        self.log_mel = MsmMaeLogMel(mean=mean, std=std)
+        self.log_mel = MsmMaeLogMel(mean=mean, std=std, padded=True)
         self.head = nn.Linear(self.grid[0] * dim, len(task.classes))
 
     def adapted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -263,7 +263,14 @@ class MsmMae(Encoder, Classifier):
         return steps[:, : steps.shape[1] - columns * (-frames % self.frames) // self.frames]
 
     def encode(self, modality: str, x: Tensor) -> Tensor:
-        return self.steps(self.encoded(self.chunks(x)), *x.shape[:2])
+        """The features of the frames that a clip has; zeros after those of a clip that was padded."""
+        steps = self.steps(self.encoded(self.chunks(x)), *x.shape[:2])
+        sounding = (x != 0).any(2)
+        frames = x.shape[1] - sounding.flip(1).int().argmax(1)  # all of a clip without any
+        columns = self.grid[1]
+        own = -(-frames // self.frames) * columns - columns * (-frames % self.frames) // self.frames
+        places = torch.arange(steps.shape[1], device=x.device)
+        return torch.where((places < own[:, None])[:, :, None], steps, 0.0)
 
     def layers(self, log_mel: Float[Tensor, "batch frame bin"]) -> Float[Tensor, "layer batch step wide"]:
         """The features of every layer, the last of which is `encode`'s."""
@@ -271,7 +278,8 @@ class MsmMae(Encoder, Classifier):
         return torch.stack([self.steps(tokens, *log_mel.shape[:2]) for tokens in each])
 
     def fuse(self, features: dict[str, Tensor]) -> Tensor:
-        return features["audio"].mean(1)
+        steps = features["audio"]
+        return steps.sum(1) / (steps != 0).any(2).sum(1, keepdim=True).clamp(min=1)
 
     def classify(self, latent: Tensor) -> Tensor:
         return self.head(latent)
