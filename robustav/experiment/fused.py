@@ -79,11 +79,10 @@ def _share(tables: Tables, model: str, method: str, parts: list[str]) -> tuple[M
     at = [number_of(tables.epsilon, part) for part in parts]
     if any(headline not in curve for curve, headline in zip(curves, at * 2, strict=True)):
         return nothing
-    found = iter(shared(*(score for curve in curves for score in curve.values())))
-    common = [{epsilon: next(found, None) for epsilon in curve} for curve in curves]
-    told = [{epsilon: score for epsilon, score in curve.items() if score is not None} for curve in common]
-    if told != common:  # no seed has them all
+    if not (found := shared(*(score for curve in curves for score in curve.values()))):
         return nothing
+    rest = iter(found)
+    told = [{epsilon: next(rest) for epsilon in curve} for curve in curves]
 
     def of(drops: list[dict[float, float]]) -> Matched:
         return matched_share(drops[:2], drops[2:], at)
