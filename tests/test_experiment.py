@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from conftest import TinySamples, tiny_fusion, tiny_specs
 from robustav import evaluation
 from robustav.classifier import LateFusion
 from robustav.experiment import run as running
-from robustav.experiment.details import latents, second_opinions
+from robustav.experiment.details import every_attack, every_epsilon, latents, second_opinions
 from robustav.experiment.figures import _looks, _numbers, apart
 from robustav.experiment.fused import against_single, vulnerability
 from robustav.experiment.protection import comparisons, gaps, protection
@@ -422,6 +423,21 @@ def test_results_of_other_settings_are_not_taken_for_these(finished, tmp_path):
     with pytest.raises(ValueError, match=r"holds a quick with other settings \(`limit`: 24 there, 23 in the recipe\)"):
         run(changed, out)
     assert (out / "recipe.toml").read_text() == RECIPE + METRICS
+
+
+def test_a_training_by_a_method_whose_file_changed_is_not_taken_for_it(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [*sys.path])
+    path = tmp_path / "own_method_of_experiment.py"
+    path.write_text(
+        "from dataclasses import dataclass\nfrom robustav.training.method import Method\n"
+        "@dataclass(frozen=True)\nclass Own(Method):\n    pass\n"
+    )
+    tiny.write_text(SHORT.replace('erm = "erm"', f'erm = "erm"\nown = "{path}:Own"'))
+    outcome = run(tiny, tmp_path / "out", only="heard/own/0")
+    assert outcome.done == ["heard/own/0: training", "heard/own/0: quick"] and not outcome.failed
+    path.write_text(path.read_text() + "# changed\n")
+    with pytest.raises(ValueError, match=r"holds a training with other settings \(`method_code`: .*delete that folder"):
+        run(tiny, tmp_path / "out", only="heard/own/0")
 
 
 def test_a_training_done_anew_is_not_taken_for_the_one_that_was_judged(finished, tmp_path, tiny, monkeypatch):
@@ -865,14 +881,33 @@ def test_rows_say_how_many_seeds_they_rest_on():
               for key, s in curve("ear", m, "audio", 0.8, 0.6, r).items()}  # fmt: skip
     scores["ear", "mix", "audio", "0.02"] = sampled(0.2)
     tables = tables_of(synthetic(scores, methods=("erm", "at", "mix")))
-    grids = {table.__name__: next(iter(table(tables))) for table in (protection, gaps, comparisons)}
+    grids = {table.__name__: next(iter(table(tables))) for table in (protection, gaps, comparisons, every_epsilon)}
     seeds = {
         name: {tuple(cell[0] for cell in row[: grid.words]): row[grid.head.index("seeds")][0] for row in grid.body}
         for name, grid in grids.items()
     }
     assert seeds["protection"] == {("ear", "erm"): "2", ("ear", "at"): "2", ("ear", "mix"): "1-2"}
     assert seeds["gaps"] == {("ear", "mix"): "1"}
+    assert seeds["every_epsilon"] == {
+        ("ear", "erm", "audio"): "2",
+        ("ear", "at", "audio"): "2",
+        ("ear", "mix", "audio"): "1-2",
+    }
     assert seeds["comparisons"]["ear", "mix", "at"] == "1-2" and seeds["comparisons"]["ear", "at", "erm"] == "2"
+
+
+def test_hits_under_each_attack_say_how_many_seeds_they_rest_on():
+    results = synthetic(curve("ear", "erm", "audio", 0.8, 0.6, 0.5), methods=("erm",))
+    first = results.scores["quick"]
+    where = Where("audio", "0.02")
+    hits = {("top1", ("ear", "erm", "pgd", where)): sampled(0.4), ("top1", ("ear", "erm", WORST, where)): constant(0.3)}
+    scores = replace(first, found={**first.found, **hits}, hits={**first.hits, ("ear", "erm", "pgd", where): {}})
+    results = replace(results, scores={"quick": scores})
+    (grid,) = every_attack(
+        tables_of(replace(results, experiment=replace(results.experiment, models={"ear": MODELS["ear"]})))
+    )
+    assert grid.head == ["model", "method", "pgd", WORST, "seeds"]
+    assert [cell[0] for cell in grid.body[0]] == ["ear", "erm", "0.400", "0.300 ± 0.000", "1-2"]
 
 
 def test_methods_look_different_and_lie_side_by_side():
@@ -900,8 +935,9 @@ def test_latent_metrics_are_told_beside_their_change_from_the_baseline():
     other = latent.assign(setting="k=9", value=9.0)
     scores = {**curve("ear", "erm", "audio", 0.8, 0.6, 0.1), **curve("ear", "at", "audio", 0.8, 0.6, 0.5)}
     (grid,) = latents(tables_of(synthetic(scores, latent=pd.concat([latent, other]))))
-    assert grid.head == ["model", "method", "relative density, latent"]
+    assert grid.head == ["model", "method", "relative density, latent", "seeds"]
     assert [row[2] for row in grid.body] == [("0.200", ""), ("0.800", "+0.500")]
+    assert [row[3][0] for row in grid.body] == ["2", "1"]
 
 
 def test_a_second_evaluation_is_read_on_the_clips_that_both_looked_at():
@@ -916,7 +952,7 @@ def test_a_second_evaluation_is_read_on_the_clips_that_both_looked_at():
     )
     tables = tables_of(replace(results, scores={"quick": first, "search": other}))
     (grid,) = second_opinions(tables)
-    assert grid.body[0][4:] == [("0.667", ""), ("0.667", ""), ("0.333", "")]
+    assert grid.body[0][4:] == [("0.667", ""), ("0.667", ""), ("0.333", ""), ("1", "")]
     assert "the 3 clips that search looked at too" in grid.title
 
 

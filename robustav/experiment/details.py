@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from robustav.experiment.results import LATENT, UNTOUCHED, Where
-from robustav.experiment.tables import Tables, called, signed, words
+from robustav.experiment.tables import Tables, called, seeds_of, signed, span, words
 from robustav.geometry.measure import where_of
 from robustav.report.grids import Cell, Grid
 from robustav.report.text import NONE
@@ -26,6 +26,7 @@ def latents(tables: Tables) -> Iterator[Grid]:
     body = []
     for model, method in tables.results.trainings():
         cells: list[Cell] = []
+        counts = set[int]()
         for key in keys:
             own, plain = (
                 {s: values[at] for s in experiment.seeds if (at := (model, one, s, *key)) in values}
@@ -35,17 +36,18 @@ def latents(tables: Tables) -> Iterator[Grid]:
             if not own:
                 cells.append((NONE, ""))
                 continue
+            counts |= {len(own), len(paired)} - {0}
             mean = float(np.mean(list(own.values())))
             change = float(np.mean([own[s] - plain[s] for s in paired])) if paired else np.nan
             more = {**dict(zip(LATENT, key, strict=True)), "seeds": len(own), "change": change}
             text, _ = tables.tell("latents", model, method, UNTOUCHED, mean, **more)
             cells.append((text, "" if np.isnan(change) or method == experiment.baseline else signed(change)))
-        if any(text != NONE for text, _ in cells):
-            body.append([*words(model, method), *cells])
+        if counts:
+            body.append([*words(model, method), *cells, *words(span(counts))])
     if body:
         yield Grid(
             f"density and convexity, macro means over the classes (in brackets: change from {experiment.baseline})",
-            ["model", "method", *(f"{key[0]}, {where_of(key[1], key[2])}" for key in keys)],
+            ["model", "method", *(f"{key[0]}, {where_of(key[1], key[2])}" for key in keys), "seeds"],
             body,
             words=2,
         )
@@ -61,13 +63,11 @@ def every_epsilon(tables: Tables) -> Iterator[Grid]:
             sets = dict.fromkeys(where.attacked for where in tables.scores.places(model) if where != UNTOUCHED)
             for attacked in sets:
                 places = [UNTOUCHED, *(Where(attacked, epsilon) for epsilon in epsilons)]
-                cells = [
-                    tables.score(f"{score}, every epsilon", model, method, where, found)
-                    for where in places
-                    for found in [tables.scores.get(model, method, where, score=score)]
-                ]
-                body.append([*words(model, method, called(attacked)), *cells])
-        head = ["model", "method", "attacked", "clean", *epsilons]
+                found = {where: tables.scores.get(model, method, where, score=score) for where in places}
+                table = f"{score}, every epsilon"
+                cells = [tables.score(table, model, method, where, one) for where, one in found.items()]
+                body.append([*words(model, method, called(attacked)), *cells, *words(seeds_of(found.values()))])
+        head = ["model", "method", "attacked", "clean", *epsilons, "seeds"]
         yield Grid(f"{score} at every epsilon, worst case", head, body, words=3, brief=False)
 
 
@@ -77,15 +77,12 @@ def every_attack(tables: Tables) -> Iterator[Grid]:
     body = []
     for model, method in tables.results.trainings():
         where = tables.all_of(model)
-        cells = [
-            tables.score(f"top1 under {name}", model, method, where, found)
-            for name in (*names, WORST)
-            for found in [tables.scores.get(model, method, where, row=name, score="top1")]
-        ]
-        body.append([*words(model, method), *cells])
+        found = {name: tables.scores.get(model, method, where, row=name, score="top1") for name in (*names, WORST)}
+        cells = [tables.score(f"top1 under {name}", model, method, where, score) for name, score in found.items()]
+        body.append([*words(model, method), *cells, *words(seeds_of(found.values()))])
     yield Grid(
         f"top-1 hit rate under each attack on all modalities, epsilon {tables.epsilon}",
-        ["model", "method", *names, WORST],
+        ["model", "method", *names, WORST, "seeds"],
         body,
         words=2,
         brief=False,
@@ -112,7 +109,8 @@ def second_opinions(tables: Tables) -> Iterator[Grid]:
                     tables.tell(f"top1 beside {name}: {what}", model, method, where, float(rate), seeds=len(seeds))
                     for what, rate in rates.items()
                 ]
-                body.append([*words(model, method, called(where.attacked), where.epsilon), *cells])
+                told = words(str(len(seeds)))
+                body.append([*words(model, method, called(where.attacked), where.epsilon), *cells, *told])
         if body:
-            head = ["model", "method", "attacked", "epsilon", first.name, name, "both together"]
+            head = ["model", "method", "attacked", "epsilon", first.name, name, "both together", "seeds"]
             yield Grid(f"top-1 hit rate on the {len(pairs)} clips that {name} looked at too", head, body, words=4)

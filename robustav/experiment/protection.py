@@ -7,7 +7,7 @@ import numpy as np
 
 from robustav.experiment.results import UNTOUCHED
 from robustav.experiment.sampled import flip_test, gap_closed, shared
-from robustav.experiment.tables import Tables, span, words
+from robustav.experiment.tables import Tables, seeds_of, span, words
 from robustav.metrics.intervals import holm
 from robustav.report.grids import Cell, Grid
 from robustav.report.text import NONE, number
@@ -34,8 +34,7 @@ def protection(tables: Tables) -> Iterator[Grid]:
         spent = [number(cost.passes_a_clip, 1), number(cost.seconds, 0), *ratios]
         flags = ", ".join(results.flags.get((model, method), ())) or NONE
         found = (scores.get(model, method, where) for _, where in columns)
-        seeds = span({len(score.seeds) for score in found if score is not None})
-        body.append([*words(model, method), *cells, *words(seeds, *spent, flags)])
+        body.append([*words(model, method), *cells, *words(seeds_of(found), *spent, flags)])
     head = [
         *(title for title, _ in columns),
         "seeds",

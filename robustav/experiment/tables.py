@@ -1,6 +1,6 @@
 """What the tables of an experiment's report are made with: scores, the words for them, and a record of each number."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,11 @@ def called(attacked: str) -> str:
 def span(counts: Collection[int]) -> str:
     """Counts in a word, `3` or `2-3`."""
     return "-".join(map(str, sorted({min(counts), max(counts)}))) if counts else NONE
+
+
+def seeds_of(scores: Iterable[Sampled | None]) -> str:
+    """How many seeds scores rest on, in a word."""
+    return span({len(score.seeds) for score in scores if score is not None})
 
 
 def signed(value: float) -> str:
