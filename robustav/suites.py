@@ -14,7 +14,7 @@ DRAWS = 20  # passes that attacks on a stochastic model average [Carlini et al.,
 
 
 def quick(goal: Goal, model: Classifier) -> dict[str, Attack]:
-    """The control, one step, and two adaptive ascents: whether there is anything to defend."""
+    """The control, one step, and two APGD: whether there is anything to defend."""
     return {"noise": Noise(), "fgsm": FGSM(), **_ascents(goal, model, 25)}
 
 

@@ -3,6 +3,7 @@ import csv
 import itertools
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,7 +28,7 @@ from robustav.training.data import Loaded, Scenes, balanced_weights, batches_of,
 from robustav.training.logs import log_lines, tensorboard_scalars
 from robustav.training.loop import follow, train
 from robustav.training.method import Batch, Method, Work
-from robustav.training.methods import METHODS, described, parse_method
+from robustav.training.methods import METHODS, code_of, described, parse_method
 from robustav.training.recipe import SCORES, Recipe, scores_of
 from robustav.training.settings import parse_call, read_settings, settings_of
 from robustav.training.trained import CARD, Trained, initial, load_trained, read_trained
@@ -300,6 +301,62 @@ def test_methods_are_parsed_by_name_and_described() -> None:
     for name, (words, _) in described().items():
         assert words and "\n" not in words, f"{name} has no docstring"
         assert isinstance(parse_method(name), Method)
+
+
+OWN = """
+from dataclasses import dataclass
+from robustav.training.method import Method
+
+@dataclass(frozen=True)
+class Scaled(Method):
+    \"\"\"A loss times something.\"\"\"
+    times: float = 2.0
+
+    def losses(self, work, batch):
+        return self.times * super().losses(work, batch)
+
+def function():
+    pass
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a user's own method, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    path = tmp_path / "own_method.py"
+    path.write_text(OWN)
+    return path
+
+
+def test_a_method_of_the_users_own_is_named_by_its_place(own: Path) -> None:
+    method = parse_method("own_method.py:Scaled(times=3)")
+    assert repr(method) == "Scaled(times=3.0)" and isinstance(method, Method)
+    assert repr(parse_method("own_method:Scaled")) == "Scaled(times=2.0)"
+    assert code_of("own_method:Scaled") == code_of("own_method.py:Scaled(times=3)") != {} == code_of("pgd-at(steps=3)")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("own_method.py:Scaled(much=3)", r"own_method.py:Scaled has no setting 'much'; it has times=2.0"),
+        (
+            "own_method.py:Other",
+            r"method 'own_method.py:Other': own_method.py has no callable 'Other'; it has .*Scaled",
+        ),
+        ("other.py:Scaled", r"method 'other.py:Scaled': there is no file 'other.py'"),
+        ("others.code:Scaled", r"method 'others.code:Scaled': cannot import 'others'"),
+        (
+            "own_method.py:function",
+            r"method 'own_method.py:function' must be a class made from .*Method, got <function",
+        ),
+        ("own_method.py:dataclass", r"must be a class made from .*Method, got <function"),
+    ],
+)
+def test_what_is_no_method_is_refused(own: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_method(text)
 
 
 # Recipe
@@ -715,12 +772,28 @@ def test_a_model_draws_other_numbers_than_its_method(
 
 def test_budgets_are_told_of_methods_that_ask_for_them(tiny: Tiny, tmp_path: Path) -> None:
     card = train(short(method="n-fgsm", ramp=0.5), tmp_path / "a").card
-    assert card["budgets"]["audio"].startswith("linf, 0.01 amplitude")
+    assert card["budgets"]["audio"].startswith("linf, 0.003 amplitude")
 
 
 def test_momentum_is_that_of_sgd(tiny: Tiny, tmp_path: Path) -> None:
     kept = [bytes_of(train(short(optimizer="sgd", momentum=m), tmp_path / str(m)).folder) for m in (0.0, 0.9)]
     assert kept[0] != kept[1]
+
+
+def test_a_method_of_the_users_own_trains_and_its_file_may_not_change(tiny: Tiny, own: Path) -> None:
+    recipe = short(method="own_method.py:Scaled(times=3)")
+    trained = train(recipe, "a")
+    assert bytes_of(trained.folder) != bytes_of(train(short(), "b").folder)
+    assert load_trained("a").training is False
+    with pytest.raises(Killed):
+        train(recipe, "c", progress=kill_at(6))
+    with pytest.raises(Killed):
+        train(recipe, "c", progress=kill_at(10))
+    assert train(recipe, "a") == trained
+    own.write_text(OWN.replace("self.times *", "2 * self.times *"))
+    for folder in ("a", "c"):
+        with pytest.raises(ValueError, match=r"holds a training by own_method.* as its file was before it changed"):
+            train(recipe, folder)
 
 
 def test_a_finished_folder_returns_at_once(tiny: Tiny, tmp_path: Path) -> None:

@@ -43,7 +43,10 @@ def train(
     ] = "av-fusion",
     method: Annotated[
         str,
-        typer.Option(autocompletion=_methods, help="One of --list; settings in brackets, as in 'pgd-at(steps=7)'."),
+        typer.Option(
+            autocompletion=_methods,
+            help="One of --list, settings in brackets, as in 'pgd-at(steps=7)'; or file.py:Class for your own.",
+        ),
     ] = "erm",
     list_: Annotated[bool, typer.Option("--list", help="List the methods with their settings, and exit.")] = False,
     data: Annotated[
@@ -84,7 +87,7 @@ def train(
             rich_help_panel=ADVERSARY,
             help="Budget of methods that have an adversary: 0.01, 4/255, audio=0.002,visual=4/255, or snr=30dB.",
         ),
-    ] = "0.01",
+    ] = "0.003",
     norm: Annotated[
         str | None, typer.Option(rich_help_panel=ADVERSARY, help="linf (default), l2 or l1. An SNR is always l2.")
     ] = None,

@@ -19,6 +19,7 @@ from robustav.harness import Settings
 from robustav.ledger import write_atomically
 from robustav.study import study
 from robustav.training.loop import train
+from robustav.training.methods import code_of
 from robustav.training.trained import CARD, load_trained
 
 RECIPE = "recipe.toml"
@@ -178,7 +179,7 @@ def stages_of(
         write_atomically(folder / f"{METRICS}.csv", rows.to_csv(index=False).encode())
         return {}
 
-    yield Stage(unit, TRAINING, folder, asdict(unit.training), training)
+    yield Stage(unit, TRAINING, folder, asdict(unit.training) | code_of(unit.training.method), training)
     for asked in experiment.evaluations:
         evaluation = asked.of(trained, unit.modalities) if asked.seeds is None or unit.seed in asked.seeds else None
         if evaluation is not None:

@@ -32,7 +32,7 @@ from robustav.training.augment import parse_augmentation
 from robustav.training.data import balanced_weights, batches_of, order_of, training_set
 from robustav.training.logs import Scalars, log_lines, no_scalars, tensorboard_scalars
 from robustav.training.method import Batch, Cost, Method, TrainingSet, Work
-from robustav.training.methods import parse_method
+from robustav.training.methods import code_of, parse_method
 from robustav.training.processes import average_buffers, average_gradients, launched, summed
 from robustav.training.recipe import DECLARED, Recipe, scores_of
 from robustav.training.trained import CARD, STATES, WEIGHTS, Trained, finished, initial, read_trained
@@ -125,6 +125,7 @@ class _Training:
         return {
             "recipe": asdict(self.recipe),
             "method": repr(self.method),
+            **code_of(self.recipe.method),
             "initial_weights": digest_of_model(model),
             "data": {name: _described(found) for name, found in sets.items() if found is not None},
             "processes": self.fabric.world_size,

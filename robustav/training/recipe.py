@@ -40,7 +40,7 @@ class Recipe:
     data: str = "av-events/train"
     validation: str | None = None  # unless told, av-events/validation for av-events/train, and none for other data
     checkpoint: str | None = None  # weights to start from
-    eps: str = "0.01"  # of the adversary in training, as in `robustav attack`; of methods that have one
+    eps: str = "0.003"  # of the adversary in training, as in `robustav attack`; of methods that have one
     norm: str | None = None
     ramp: float = 0.0  # share of all steps over which that budget grows from nothing to the whole
     attacked: str = ""  # "audio", "audio+visual", "both"; empty: every modality that `eps` covers

@@ -11,7 +11,7 @@ from robustav.models.checkpoints import digest_of_file, load_into, read_checkpoi
 from robustav.models.zoo import build_model, load_model
 from robustav.randomness import seeded
 from robustav.training.method import Method
-from robustav.training.methods import parse_method
+from robustav.training.methods import code_of, parse_method
 from robustav.training.recipe import Recipe
 
 WEIGHTS, CARD = "model.safetensors", "card.json"
@@ -87,6 +87,10 @@ def finished(recipe: Recipe, folder: Path) -> Trained | None:
     if different := recipe.differences(before["recipe"]):
         raise ValueError(
             f"{folder} holds another training; they differ in {', '.join(different)}: choose another --out"
+        )
+    if any(before.get(key) != digest for key, digest in code_of(recipe.method).items()):
+        raise ValueError(
+            f"{folder} holds a training by {recipe.method} as its file was before it changed: choose another --out"
         )
     if "sha256" not in before:
         return None
