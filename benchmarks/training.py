@@ -1,6 +1,6 @@
 """What a training costs beside a plain loop: every method that the study compares, and PGD training by torchattacks.
 
-`python benchmarks/training.py --write` measures (about four minutes on two idle cores; torchattacks must be installed for
+`python benchmarks/training.py --write` measures (about a quarter of an hour on two idle cores; torchattacks must be installed for
 its row) and writes its section of docs/benchmarks.md; `--quick` is a smoke run.
 """
 
