@@ -1,9 +1,9 @@
 """Every training method by its name on the command line."""
 
-import hashlib
 from dataclasses import dataclass
 from inspect import getdoc
 
+from robustav.models.checkpoints import digest_of_file
 from robustav.training import adversarial, defences, guided, guided_fgsm, mixups, remembered
 from robustav.training.method import Method
 from robustav.training.settings import parse_call, read_settings, settings_of
@@ -49,7 +49,7 @@ def _own(name: str) -> type[Method]:
 def code_of(text: str) -> dict[str, str]:
     """What tells apart two versions of a user's own method, beside its settings: the sha256 of its file; empty for ours."""
     name, _ = parse_call(text, "method")
-    return {} if name in METHODS else {"method_code": hashlib.sha256(file_of(name).read_bytes()).hexdigest()}
+    return {} if name in METHODS else {"method_code": digest_of_file(file_of(name))}
 
 
 def described() -> dict[str, tuple[str, str]]:
