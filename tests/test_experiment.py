@@ -475,6 +475,16 @@ def test_a_shard_does_its_share(tiny, tmp_path):
 # Reports of real runs
 
 
+def test_a_report_names_the_models_that_an_evaluation_leaves_out(reported):
+    _, results = reported
+    first, search = results.experiment.evaluations
+    pictures = replace(results.experiment, evaluations=[first, replace(search, attacked=("visual",))])
+    for experiment, words in ((results.experiment, ""), (pictures, "; not heard, having nothing of what it attacks")):
+        header = summarise("made up", replace(results, experiment=experiment)).headers
+        assert header["judged by search"].endswith(results.scores["search"].about["data"] + words)
+        assert header["judged by quick"].endswith(results.scores["quick"].about["data"])
+
+
 def test_scores_are_those_of_each_run_s_own_report(finished, reported):
     out, results = finished[0], reported[1]
     scores = results.scores["quick"]

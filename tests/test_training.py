@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from robustav.data.av_events import AvEvents, AvEventsConfig
 from robustav.ledger import digest_of_model
 from robustav.models.checkpoints import read_checkpoint
 from robustav.models.zoo import EMBEDDED, build_model, load_model
-from robustav.training import augment, loop
+from robustav.training import augment, loop, states
 from robustav.training.augment import AUGMENTATIONS, Augmentation, parse_augmentation
 from robustav.training.data import Loaded, Scenes, balanced_weights, batches_of, order_of, training_set
 from robustav.training.logs import log_lines, tensorboard_scalars
@@ -641,16 +641,16 @@ def test_a_kill_while_saving_leaves_the_epoch_before(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(short(), tmp_path / "whole")
-    real, states = loop.write_atomically, []
+    real, saved = states.write_atomically, []
 
     def torn(path: Path, content: bytes) -> None:
         if path.name.startswith("state"):
-            states.append(path)
-            if len(states) == 2:
+            saved.append(path)
+            if len(saved) == 2:
                 raise Killed
         real(path, content)
 
-    monkeypatch.setattr(loop, "write_atomically", torn)
+    monkeypatch.setattr(states, "write_atomically", torn)
     with pytest.raises(Killed):
         train(short(), tmp_path / "a")
     assert [file.name for file in (tmp_path / "a").glob("state*")] == ["state-00001-0.pt"]
@@ -876,6 +876,25 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_clips(tiny: Tiny, tmp_pat
     with pytest.raises(ValueError, match=rf"the {what} of step 5 \(epoch 2\) is nan, with the clips {clips}: lower"):
         train(recipe, tmp_path / "a")
     assert not (tmp_path / "a/model.safetensors").exists()
+
+
+@dataclass(frozen=True)
+class Elsewhere(Method):
+    """Learns from clips of its own choice, one of them twice, and breaks at once."""
+
+    loads: ClassVar[bool] = False
+
+    def losses(self, work: Work, batch: Batch) -> Tensor:
+        own = work.batch(torch.tensor([7, 3, 7]))
+        return super().losses(work, own) * math.nan
+
+
+def test_a_loss_that_is_not_finite_names_the_clips_that_the_method_loaded(tiny: Tiny, tmp_path: Path) -> None:
+    tiny.methods["elsewhere"] = Elsewhere
+    with pytest.raises(
+        ValueError, match=r"the loss of step 1 \(epoch 1\) is nan, with the clips clip 7, clip 3: lower"
+    ):
+        train(short(method="elsewhere"), tmp_path / "a")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from robustav.experiment.details import every_attack, every_epsilon, latents, se
 from robustav.experiment.figures import draw
 from robustav.experiment.fused import against_single, vulnerability
 from robustav.experiment.protection import comparisons, gaps, protection
-from robustav.experiment.recipe import Experiment, Unit, fitted, read_recipe
+from robustav.experiment.recipe import Asked, Experiment, Unit, fitted, read_recipe
 from robustav.experiment.results import Results, read_results
 from robustav.experiment.run import RECIPE
 from robustav.experiment.sampled import RESAMPLES
@@ -71,7 +71,7 @@ def _header(tables: Tables) -> dict[str, str]:
     told = [f"{name} {value}" for name, value in {**usual, **experiment.training}.items()]
     judged = {
         f"judged by {name}": f"{', '.join(_levels(experiment, name))}: {found.about['attacks']}; "
-        f"{found.about['goal']}; {found.about['data']}"
+        f"{found.about['goal']}; {found.about['data']}{_without(experiment, name)}"
         for name, found in results.scores.items()
     }
     return {
@@ -98,8 +98,20 @@ def _own(experiment: Experiment, unit: Unit) -> str:
 
 def _levels(experiment: Experiment, name: str) -> list[str]:
     """The epsilons of one evaluation."""
-    (asked,) = (one for one in experiment.evaluations if one.name == name)
+    asked = _asked(experiment, name)
     return list(dict.fromkeys(f"epsilon {e}" for specs in experiment.models.values() for e in asked.levels(specs)))
+
+
+def _without(experiment: Experiment, name: str) -> str:
+    """The models that one evaluation leaves out, since they have nothing of what it attacks."""
+    asked = _asked(experiment, name)
+    out = [label for label, specs in experiment.models.items() if asked.of(label, sorted(specs)) is None]
+    return f"; not {', '.join(out)}, having nothing of what it attacks" if out else ""
+
+
+def _asked(experiment: Experiment, name: str) -> Asked:
+    (asked,) = (one for one in experiment.evaluations if one.name == name)
+    return asked
 
 
 def _notes(tables: Tables) -> list[str]:

@@ -1,7 +1,6 @@
 """The training loop: a recipe and a folder in, weights, a card and a log in that folder out; a kill costs an epoch."""
 
 import copy
-import io
 import json
 import platform
 import sys
@@ -35,7 +34,8 @@ from robustav.training.method import Batch, Cost, Method, TrainingSet, Work
 from robustav.training.methods import code_of, parse_method
 from robustav.training.processes import average_buffers, average_gradients, launched, summed
 from robustav.training.recipe import DECLARED, Recipe, scores_of
-from robustav.training.trained import CARD, STATES, WEIGHTS, Trained, finished, initial, read_trained
+from robustav.training.states import States
+from robustav.training.trained import CARD, WEIGHTS, Trained, finished, initial, read_trained
 
 LOG = "log.csv"
 SHOWN = 5  # clips that an error names, reasons that a card gives
@@ -111,12 +111,12 @@ class _Training:
         augmentation, specs = parse_augmentation(recipe.augment), self.data.specs
         self.work.weights = balanced_weights(self.data.targets) if recipe.balanced else None
         self.work.augment = lambda inputs: augmentation(inputs, specs, generator)
+        self.states = States(folder, fabric.global_rank, fabric.world_size)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"score": -1.0, "epoch": -1, "weights": {}}
         self.seconds, self.cpu_seconds, self.peak, self.stopped, self.begun = 0.0, 0.0, 0.0, False, False
         self.losses: list[float] = []  # of this epoch, a step each
         self.norms: list[float] = []  # of gradients, an update each
-        self.current: Tensor = torch.zeros(0, dtype=torch.long)  # rows of the batch
         self._begin()
 
     def _identity(self, model: Classifier) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class _Training:
         self.fabric.barrier()
         if self.fabric.is_global_zero:
             write_atomically(path, _json(self.identity))
-        if (state := self._state()) is not None:
+        if (state := self.states.last(self.recipe.epochs)) is not None:
             self._resume(state)
 
     def batches(self) -> Iterator[Batch]:
@@ -162,7 +162,7 @@ class _Training:
         order = order_of(self.data.targets, self.recipe.balanced, draws)
         fabric, work = self.fabric, self.work
         for rows in batches_of(order, self.recipe.batch_size, fabric.global_rank, fabric.world_size):
-            self.current = rows
+            work.loaded.clear()
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.rate(work.step, work.steps)
             share = self.recipe.share(work.step, work.steps)
@@ -194,7 +194,8 @@ class _Training:
 
     def _refuse_unless_finite(self, value: Tensor, what: str) -> None:
         if not value.isfinite():
-            clips = [self.data.ids[row] for row in self.current.tolist()]
+            seen = (row for rows in self.work.loaded for row in rows.tolist())
+            clips = [self.data.ids[row] for row in dict.fromkeys(seen)]
             more = f" and {len(clips) - SHOWN} more" if len(clips) > SHOWN else ""
             raise ValueError(
                 f"the {what} of step {self.work.step + 1} (epoch {self.work.epoch + 1}) is {value.item()}, with the clips "
@@ -214,7 +215,7 @@ class _Training:
         work, fabric = self.work, self.fabric
         purpose = ("epoch", str(work.epoch), str(fabric.global_rank))
         work.generator.manual_seed(draw_for(self.recipe.seed, *purpose).initial_seed())
-        self.losses, self.norms, self.current = [], [], self.current[:0]
+        self.losses, self.norms = [], []
         work.model.train()
         began, cpu_began = time.perf_counter(), time.process_time()
         if fabric.device.type == "cuda":
@@ -283,7 +284,7 @@ class _Training:
         return scores_of(logits.cpu(), targets, self.work.model.label_kind)
 
     def _save(self) -> None:
-        """Everything that the next epoch depends on, a file a process; then the one before is of no use."""
+        """Everything that the next epoch depends on; then the state before is of no use."""
         work = self.work
         state = {
             "model": work.model.state_dict(),
@@ -300,27 +301,9 @@ class _Training:
             "peak": self.peak,
             "stopped": self.stopped,
         }
-        content = io.BytesIO()
-        torch.save(state, content)
-        write_atomically(self._state_path(work.epoch), content.getvalue())
+        self.states.save(work.epoch, state)
         self.fabric.barrier()
-        self._forget(work.epoch)
-
-    def _forget(self, up_to: int) -> None:
-        """Remove this process's states before an epoch."""
-        for epoch in range(up_to):
-            self._state_path(epoch).unlink(missing_ok=True)
-
-    def _state_path(self, epoch: int, rank: int | None = None) -> Path:
-        rank = self.fabric.global_rank if rank is None else rank
-        return self.folder / STATES.replace("*", f"{epoch:05d}-{rank}")
-
-    def _state(self) -> dict[str, Any] | None:
-        """This process's state after the last epoch that all processes have finished."""
-        for epoch in range(self.recipe.epochs, 0, -1):
-            if all(self._state_path(epoch, rank).exists() for rank in range(self.fabric.world_size)):
-                return torch.load(self._state_path(epoch), weights_only=True)
-        return None
+        self.states.forget(work.epoch)
 
     def _resume(self, state: dict[str, Any]) -> None:
         work = self.work
@@ -340,7 +323,7 @@ class _Training:
             write_atomically(self.folder / WEIGHTS, save(self.best["weights"] if best else _copied(self.work.averaged)))
             write_atomically(self.folder / CARD, _json({**self.identity, **self._card(peak, cpu_seconds)}))
         self.fabric.barrier()
-        self._forget(self.work.epochs + 1)
+        self.states.forget(self.work.epochs + 1)
         return Trained(self.folder, read_trained(self.folder))
 
     def _card(self, peak: float, cpu_seconds: float) -> dict[str, Any]:

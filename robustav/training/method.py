@@ -91,7 +91,8 @@ class Work:
     """A training in progress, as a method sees it.
 
     Every pass goes through `trace`, `features`, `gradients` and `update`, which count it. `averaged` has the running mean
-    of the weights. `batch` loads clips, and what `moved` and then `augment` make of them. `memory` holds the tensors that a method keeps from step to step; they are saved with the training.
+    of the weights. `batch` loads clips, and what `moved` and then `augment` make of them; `loaded` notes which, for the
+    errors of a step. `memory` holds the tensors that a method keeps from step to step; they are saved with the training.
     `generator` (on the CPU) is the only source of randomness. `budgets` are what an adversary may do while training.
     `weights` says how likely each clip is to be drawn, where they are not drawn alike.
     """
@@ -112,10 +113,12 @@ class Work:
     memory: dict[str, Tensor] = field(default_factory=dict)
     augment: Callable[[Inputs], Inputs] = lambda inputs: inputs  # what is done to the clips of a batch
     moved: Callable[[Inputs, Tensor], Inputs] = lambda inputs, rows: inputs  # and before that, by a method
+    loaded: list[Int[Tensor, " batch"]] = field(default_factory=list)  # rows of the clips of this step
 
     def batch(self, rows: Int[Tensor, " batch"]) -> Batch:
         """Clips of the training set as a step sees them: on the model's device, augmented."""
         device = next(self.model.parameters()).device
+        self.loaded.append(rows)
         inputs = {m: x.to(device) for m, x in self.data.inputs(rows).items()}
         return Batch(self.augment(self.moved(inputs, rows)), self.data.targets[rows].to(device), rows)
 

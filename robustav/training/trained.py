@@ -13,9 +13,9 @@ from robustav.randomness import seeded
 from robustav.training.method import Method
 from robustav.training.methods import code_of, parse_method
 from robustav.training.recipe import Recipe
+from robustav.training.states import forget_all
 
 WEIGHTS, CARD = "model.safetensors", "card.json"
-STATES = "state-*.pt"  # what a killed training goes on from
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,7 @@ def finished(recipe: Recipe, folder: Path) -> Trained | None:
         )
     if "sha256" not in before:
         return None
-    for left in folder.glob(STATES):
-        left.unlink(missing_ok=True)
+    forget_all(folder)
     return Trained(folder, read_trained(folder))
 
 
