@@ -36,11 +36,12 @@ def frequencies(fft: int) -> Float[Tensor, " bin"]:
 def kaldi_filters(fft: int, mels: int, low: float, high: float) -> Float[Tensor, "bin mel"]:
     """Kaldi's triangles: straight flanks over the mel scale, not over frequency; nothing of the highest bin.
 
-    In float32 throughout, as the models were trained: next to an edge, rounding is a percent of a weight.
+    In float32, as the models were trained: next to an edge, rounding is a percent of a weight. The logarithm alone is
+    taken in float64 and then rounded, since the last bit of torch's float32 one depends on the processor.
     """
     low_mel, high_mel = (float(hertz_to_mel(hertz)) for hertz in (low, high))
     edges = low_mel + torch.arange(mels + 2, dtype=torch.float32) * ((high_mel - low_mel) / (mels + 1))
-    positions = 1127.0 * (1 + frequencies(fft)[:-1].float() / 700).log()
+    positions = 1127.0 * (1 + frequencies(fft)[:-1].float() / 700).double().log().float()
     return F.pad(triangles(positions, edges), (0, 0, 0, 1))
 
 

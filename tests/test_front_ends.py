@@ -43,6 +43,17 @@ def hammer(clips_folder):
     return read_audio(clips_folder / "BfvyPmVMo_20.000.wav")[None]
 
 
+def differ_above_rounding(ours, theirs):
+    """How far two logarithms of power [frame, bin] are apart, less what a transform's rounding is in a bin.
+
+    That is a quarter of a float32's last bit of the frame's loudest bin, in amplitude, and more than a hundredth of what is left in
+    the deep nulls of a chirp. It depends on the processor: the official code differs by as much between two of them.
+    """
+    assert ours.shape == theirs.shape
+    rounding = 2**-25 * ((theirs.amax(1, keepdim=True) - theirs) / 2).exp()
+    return ((ours - theirs).abs() - 2 * rounding).max().item()
+
+
 def waveforms(name, fixture):
     numbers = fixture(name)
     return torch.stack([numbers["in.real"], numbers["in.chirp"]])
@@ -53,11 +64,12 @@ def waveforms(name, fixture):
 
 def test_fbank_is_the_official_one(fixture, hammer):
     official, x = fixture("kaldi_fbank"), waveforms("kaldi_fbank", fixture)
-    assert differ(kaldi_filters(512, 128, 20.0, 8000.0).T, official["out.mel_filters"]) <= 1e-7
+    bit = 2**-22 * 1127 / 21.8  # the last of a logarithm above 2, over the 21.8 mel that a flank is wide
+    assert differ(kaldi_filters(512, 128, 20.0, 8000.0).T, official["out.mel_filters"]) <= bit
     for ours, name in zip(Fbank()(x), ("real", "chirp"), strict=True):
-        assert differ(ours, official[f"out.fbank_{name}"]) <= 2e-4
+        assert differ_above_rounding(ours, official[f"out.fbank_{name}"]) <= 2e-4
     whole = Fbank()(hammer)[0]
-    assert differ(whole[::8], official["out.fbank_full_every8th"]) <= 2e-4
+    assert differ_above_rounding(whole[::8], official["out.fbank_full_every8th"]) <= 2e-4
     assert [len(whole), whole.mean().item()] == pytest.approx(official["out.fbank_full_stats"][:2].tolist(), abs=1e-5)
 
 
@@ -116,10 +128,13 @@ def test_resampling_is_the_official_one(fixture):
 
 
 def test_pictures_are_the_official_ones(fixture):
+    """But for one pixel in a thousand, halfway between two levels, which the processor rounds up or down."""
     official = fixture("image")
     picture = official["in.rgb_uint8"].permute(2, 0, 1).float() / 255
     stored = ImageFrontEnd(size=48, filter="bilinear", mean=(0, 0, 0), std=(1, 1, 1))
-    assert differ(ImageFrontEnd(size=48)(picture), official["out.loader"]) <= 1e-2
+    loaded = ImageFrontEnd(size=48)(picture)
+    assert differ(loaded, official["out.loader"]) <= 1.001 / 255 / 0.224
+    assert ((loaded - official["out.loader"]).abs() > 1e-2).float().mean() <= 1e-3
     assert differ(stored(picture), official["out.extraction"]) <= 1e-2
     unrounded = ImageFrontEnd(size=48, rounded=False)(picture)
     assert 0 < differ(unrounded, official["out.loader"]) <= 2 / 255 / 0.224
@@ -385,21 +400,21 @@ def test_errors_say_what_is_wrong(make, message):
 
 def official_fbank(clip):
     """Kaldi's filter bank of a clip as it is, filled up to 1024 frames, then normalised, as AST's authors do."""
-    return (
-        torch.nn.functional.pad(Fbank()(clip[None])[0], (0, 0, 0, 1024 - (1 + (len(clip) - 400) // 160))) + 4.2677393
-    ) / (2 * 4.5689974)
+    filled = (0, 0, 0, 1024 - (1 + (len(clip) - 400) // 160))
+    return (torch.nn.functional.pad(Fbank().double()(clip[None])[0], filled) + 4.2677393) / (2 * 4.5689974)
 
 
 @pytest.mark.parametrize("length", [400, 48_000, 100_001, 159_999, 160_000])
 def test_a_short_clip_has_the_features_of_what_it_is(length):
-    clip = 0.1 * torch.randn(length) + 0.05
+    """In float64: the deep nulls of a spectrum are rounding, which depends on the processor."""
+    clip = 0.1 * torch.randn(length, dtype=torch.float64) + 0.05
     padded = torch.nn.functional.pad(clip, (0, 160_000 - length))[None]
-    assert differ(Fbank.published("ast")(padded)[0], official_fbank(clip)) <= 1e-4
-    tagging = TaggingLogMel.published("tal")
+    assert differ(Fbank.published("ast").double()(padded)[0], official_fbank(clip)) <= 1e-9
+    tagging = TaggingLogMel.published("tal").double()
     frames = 1 + length // 400
-    whole = TaggingLogMel(frames=None)(clip[None])[0][:400]
+    whole = TaggingLogMel(frames=None).double()(clip[None])[0][:400]
     filled = torch.nn.functional.pad(whole, (0, 0, 0, max(0, 400 - frames)))
-    assert differ(tagging(padded)[0], (filled - tagging.mean) / tagging.divisor) <= 1e-4
+    assert differ(tagging(padded)[0], (filled - tagging.mean) / tagging.divisor) <= 1e-9
 
 
 @pytest.mark.parametrize(
