@@ -57,6 +57,18 @@ def test_a_training_prints_scores_cost_and_how_to_attack_it(tiny: None, tmp_path
     assert json.loads(again.output) == card
 
 
+def test_a_training_says_which_clips_and_labels_it_left_out(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = TinyClips(24)
+    clips.skipped, clips.unknown_labels = {"clip 30": "its file is empty", "clip 31": "torn"}, {"tap": 2, "hum": 1}
+    monkeypatch.setattr(loop, "training_set", lambda source, model, **_: clips)
+    words = " ".join(run(*SHORT, "--out", str(tmp_path / "out")).output.split())
+    assert "2 clips of tiny cannot be used and are left out, such as clip 30 (its file is empty)." in words
+    assert "Label 'tap' (2 clips) is no class of the model and was ignored." in words
+    assert "Label 'hum' (1 clip) is no class of the model and was ignored." in words
+
+
 def test_every_option_reaches_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 

@@ -246,13 +246,20 @@ def test_clips_that_nobody_labelled_are_left_out_with_the_reason() -> None:
     class Unlabelled(TinySamples):
         def load(self, index: int):
             sample = super().load(index)
-            return sample._replace(labels=None) if index else sample
+            return sample._replace(labels=None) if self.kept != index else sample
 
-    loaded = Loaded(Unlabelled(3), tiny_specs())
-    assert loaded.ids == ("clip 0",)
+    samples = Unlabelled(3)
+    samples.kept, samples.unknown_labels = 0, {"tap": ["clip 1", "clip 2"]}
+    loaded = Loaded(samples, tiny_specs())
+    assert loaded.ids == ("clip 0",) and loaded.unknown_labels == {"tap": 2}
     assert loaded.skipped == dict.fromkeys(("clip 1", "clip 2"), "it has no label that the model knows")
-    with pytest.raises(ValueError, match=r"no clip of tiny can be trained on \(clip 0: torn; clip 1: torn\)"):
+    with pytest.raises(ValueError, match=r"no clip of tiny can be trained on \(clip 0: torn; clip 1: torn\)$"):
         Loaded(TinySamples(2, broken={"clip 0": "torn", "clip 1": "torn"}), tiny_specs())
+    samples.kept = None
+    with pytest.raises(
+        ValueError, match=r"clip 2: it has no label that .*\): the model's classes are bell, clap, kick$"
+    ):
+        Loaded(samples, tiny_specs())
 
 
 def test_a_clip_that_went_away_is_named() -> None:

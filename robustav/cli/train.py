@@ -195,6 +195,8 @@ def train(
         typer.echo(jsons.dumps(trained.card, indent=1))
         return
     Console().print(_summary(trained.card), highlight=False)
+    for note in _notes(trained.card):
+        Console().print(note, highlight=False, markup=False, soft_wrap=True)
     Console().print(f"attack it: robustav attack --model trained:{out}", style="dim", soft_wrap=True, highlight=False)
 
 
@@ -218,6 +220,22 @@ def _summary(card: Mapping[str, Any]) -> Table:
         "cost", f"{passes}, {cost['clips']:,} clips, {cost['seconds']:.0f} s, {cost['peak_memory_mib']:,} MiB"
     )
     return table
+
+
+def _notes(card: Mapping[str, Any]) -> list[str]:
+    """What was left out of the clips that it was trained and validated on."""
+    from robustav.report.words import notes_of_labels
+
+    notes = []
+    for data in card["data"].values():
+        if "skipped" in data:
+            count, (clip, reason) = data["skipped"], next(iter(data["reasons"].items()))
+            notes.append(
+                f"{count} clip{'s' * (count > 1)} of {data['name']} cannot be used and {'are' if count > 1 else 'is'} "
+                f"left out, such as {clip} ({reason})."
+            )
+        notes += notes_of_labels(data.get("unknown_labels", {}))
+    return notes
 
 
 def _print_methods(as_json: bool) -> None:

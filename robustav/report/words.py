@@ -1,5 +1,6 @@
 """A report in words: what a run is about, and what the reader of its table must know."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from robustav.classifier import FEATURE
 from robustav.metrics.intervals import FEW_CLIPS
 
+MOST_LABELS = 10  # that a note each is given to
 WORST = "worst case"
 KNOWLEDGE = {
     "gradients": "white box",
@@ -71,6 +73,17 @@ def _knowledge(described: dict[str, dict[str, Any]]) -> str:
     return ", ".join(words for name, words in KNOWLEDGE.items() if name in known) or "no adversary"
 
 
+def notes_of_labels(unknown: Mapping[str, int]) -> list[str]:
+    """Labels that the model lacks, with how many clips have them."""
+    notes = [
+        f"Label {label!r} ({count} clip{'s' * (count > 1)}) is no class of the model and was ignored."
+        for label, count in list(unknown.items())[:MOST_LABELS]
+    ]
+    if len(unknown) > MOST_LABELS:
+        notes.append(f"... and {len(unknown) - MOST_LABELS} more labels that the model lacks.")
+    return notes
+
+
 def notes_of(
     record: dict[str, Any],
     table: pd.DataFrame,
@@ -126,10 +139,7 @@ def notes_of(
             f"{own} of {len(clean)} clips have no usable label: for them the model's own clean prediction stands in, so "
             "their clean scores are high by construction."
         )
-    for label, count in list(record["unknown_labels"].items())[:10]:
-        notes.append(f"Label {label!r} ({count} clip{'s' * (count > 1)}) is no class of the model and was ignored.")
-    if len(record["unknown_labels"]) > 10:
-        notes.append(f"... and {len(record['unknown_labels']) - 10} more labels that the model lacks.")
+    notes += notes_of_labels(record["unknown_labels"])
     specs = record["identity"]["specs"]
     featured = [m for m, spec in specs.items() if spec["unit"] == FEATURE]
     if featured:

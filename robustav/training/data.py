@@ -18,6 +18,8 @@ from robustav.mel import END
 from robustav.training.method import TrainingSet
 
 WORKERS = 8  # threads that decode
+SHOWN = 12  # classes that an error names
+UNLABELLED = "it has no label that the model knows"
 MEMORY = 4 * 2**30  # bytes of decoded clips that are kept
 PACKED = {"amplitude": (torch.int16, 32768), "pixel value": (torch.uint8, 255)}  # unit -> type and what 1 is in it
 
@@ -44,7 +46,7 @@ class Loaded:
     """Any labelled clips as a `TrainingSet`: decoded by threads, kept as far as `memory` bytes go, then read again.
 
     Waveforms are rounded to 16 bits and pixels to 8, kept or not. Clips that cannot be used or that nobody labelled are
-    left out; `skipped` has the reasons. Raises `ValueError` where no clip is left.
+    left out; `skipped` has the reasons, `unknown_labels` how many clips have which label that the model lacks. Raises `ValueError` where no clip is left.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Loaded:
         self.name, self.digest, self.classes = samples.name, samples.digest, samples.classes
         self.label_kind, self.specs, self.samples = samples.label_kind, dict(specs), samples
         self.skipped: dict[str, str] = {}
+        self.unknown_labels = {label: len(ids) for label, ids in getattr(samples, "unknown_labels", {}).items()}
         self._pool = ThreadPoolExecutor(WORKERS)
         self._indices: list[int] = []
         self._kept: list[Inputs | None] = []
@@ -77,7 +80,7 @@ class Loaded:
             targets.append(labels if labels.ndim else F.one_hot(labels.long(), len(self.classes)))
         if not targets:
             reasons = "; ".join(f"{clip}: {reason}" for clip, reason in list(self.skipped.items())[:3])
-            raise ValueError(f"no clip of {self.name} can be trained on ({reasons or 'it has none'})")
+            raise ValueError(f"no clip of {self.name} can be trained on ({reasons or 'it has none'}){self._wanted()}")
         self.targets = torch.stack(targets).float()
         self.ids = tuple(samples.ids[index] for index in self._indices)
 
@@ -93,6 +96,12 @@ class Loaded:
             raise ValueError(f"{self.ids[row]} could be read before and cannot any more: {read}")
         return read[0]
 
+    def _wanted(self) -> str:
+        """Which labels the model knows, where clips had none of them."""
+        if UNLABELLED not in self.skipped.values():
+            return ""
+        return f": the model's classes are {', '.join(self.classes[:SHOWN])}{', ...' * (len(self.classes) > SHOWN)}"
+
     def _read(self, index: int) -> tuple[Inputs, Tensor] | str:
         """Packed inputs and labels of a clip, or why it is left out."""
         try:
@@ -100,7 +109,7 @@ class Loaded:
         except SkippedError as reason:
             return str(reason)
         if sample.labels is None:
-            return "it has no label that the model knows"
+            return UNLABELLED
         return {m: packed(sample.inputs[m], spec) for m, spec in self.specs.items()}, sample.labels
 
 

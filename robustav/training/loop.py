@@ -392,7 +392,9 @@ def _optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Op
 def _described(data: TrainingSet) -> dict[str, Any]:
     """What a card says of clips."""
     skipped = getattr(data, "skipped", {})
-    shown = {"skipped": len(skipped), "reasons": dict(list(skipped.items())[:SHOWN])} if skipped else {}
+    shown: dict[str, Any] = {"skipped": len(skipped), "reasons": dict(list(skipped.items())[:SHOWN])} if skipped else {}
+    if unknown := getattr(data, "unknown_labels", {}):
+        shown["unknown_labels"] = unknown
     return {"name": data.name, "sha256": data.digest, "clips": len(data.targets), **shown}
 
 
