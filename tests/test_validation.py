@@ -299,7 +299,7 @@ def test_the_command_finds_model_and_data_of_the_run(tmp_path):
         "--model",
         "visual-cnn",
         "--limit",
-        "40",
+        "20",
         "--attacks",
         "fgsm",
         "--eps",
@@ -324,4 +324,4 @@ def test_the_command_finds_model_and_data_of_the_run(tmp_path):
     result = runner.invoke(app, [*command, "--spaces", "raw", "--format", "md"])
     assert result.exit_code == 0, result.output
     assert "relative density" in result.stdout
-    assert "40 clips attacked, metrics on 960 others" in result.stdout
+    assert "20 clips attacked, metrics on 980 others" in result.stdout
